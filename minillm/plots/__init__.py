@@ -1,0 +1,8 @@
+"""Pictures of results: plain data in, a matplotlib Figure out. Nothing here needs a display or torch."""
+
+from minillm.plots.attention import attention_map
+from minillm.plots.bars import bars, format_bytes, memory_bars
+from minillm.plots.curves import loss_curve
+from minillm.plots.style import COLOURS, save, visible
+
+__all__ = ["COLOURS", "attention_map", "bars", "format_bytes", "loss_curve", "memory_bars", "save", "visible"]
