@@ -1,0 +1,6 @@
+"""Optimizers and learning-rate schedules."""
+
+from minillm.optim.adamw import AdamW, parameter_groups
+from minillm.optim.schedules import warmup_cosine
+
+__all__ = ["AdamW", "parameter_groups", "warmup_cosine"]
