@@ -1,0 +1,283 @@
+"""Token shards: a tokenised corpus on disk, written once, memory-mapped ever after.
+
+A dataset is a folder:
+
+    index.json              what is here: dtype, counts, checksums, the tokenizer's fingerprint
+    train_00000.bin         token ids, little-endian uint16 (vocabularies up to 65536) or uint32, nothing else
+    train_00001.bin         ...
+    validation_00000.bin
+
+Each shard is a plain array, `np.fromfile(path, dtype="<u2")` reads one. Writing streams: one document is in memory at a
+time, so the corpus may be larger than RAM.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+import numpy as np
+
+FORMAT = "minillm token shards"
+VERSION = 1
+INDEX_NAME = "index.json"
+SPLITS = ("train", "validation")
+DEFAULT_SHARD_TOKENS = 2**27
+
+
+class Tokenizer(Protocol):
+    """What the data room needs of a tokenizer."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: list[int]) -> str: ...
+
+
+def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
+    """SHA-256 over the text of every token id: two tokenizers that cut alike have the same one."""
+    digest = hashlib.sha256()
+    for token in range(tokenizer.vocab_size):
+        text = tokenizer.decode([token]).encode("utf-8", "surrogatepass")
+        digest.update(len(text).to_bytes(4, "little") + text)
+    return digest.hexdigest()
+
+
+def write_shards(
+    folder: str | os.PathLike[str],
+    documents: Iterable[str],
+    tokenizer: Tokenizer,
+    *,
+    validation_fraction: float = 0.1,
+    seed: int = 0,
+    end_of_text: int | None = None,
+    shard_tokens: int = DEFAULT_SHARD_TOKENS,
+    overwrite: bool = False,
+) -> Path:
+    """Tokenise `documents` into `folder`; returns the folder. See `TokenDataset.write`."""
+    if not 0.0 <= validation_fraction < 1.0:
+        raise ValueError(f"validation_fraction must be in [0, 1), got {validation_fraction}")
+    if shard_tokens < 1:
+        raise ValueError(f"shard_tokens must be at least 1, got {shard_tokens}")
+    vocab_size = tokenizer.vocab_size
+    if not 1 <= vocab_size <= 2**32:
+        raise ValueError(f"tokenizer.vocab_size must be in 1 .. 2^32, got {vocab_size}")
+    if end_of_text is not None and not 0 <= end_of_text < vocab_size:
+        raise ValueError(f"end_of_text must be a token id in 0 .. {vocab_size - 1} or None, got {end_of_text}")
+    if isinstance(documents, str):
+        raise TypeError("documents must be an iterable of str, one for each document, got one str; pass [text]")
+    target = Path(folder)
+    _refuse_to_destroy(target, overwrite)
+    target.parent.mkdir(parents=True, exist_ok=True)
+
+    # Everything is written beside the target and renamed into place at the very end: a reader sees the old state or the
+    # new one, and a writer that was killed leaves only a folder whose name says that it may be deleted.
+    partial = Path(tempfile.mkdtemp(prefix=f"{target.name}.partial-", dir=target.parent))
+    try:
+        dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
+        with contextlib.ExitStack() as stack:
+            writers = {
+                split: stack.enter_context(contextlib.closing(_SplitWriter(partial, split, dtype, shard_tokens)))
+                for split in SPLITS
+            }
+            for number, (split, document) in enumerate(split_documents(documents, validation_fraction, seed)):
+                ids = tokenizer.encode(document)
+                if end_of_text is not None:
+                    ids = [*ids, end_of_text]
+                tokens = np.asarray(ids, dtype=np.int64)
+                if tokens.size and not (tokens.min() >= 0 and tokens.max() < vocab_size):
+                    raise ValueError(
+                        f"the tokenizer gave ids from {tokens.min()} to {tokens.max()} for document {number}, "
+                        f"but its vocab_size is {vocab_size}"
+                    )
+                writers[split].add(tokens, len(document.encode("utf-8", "surrogatepass")))
+        index = {
+            "format": FORMAT,
+            "version": VERSION,
+            "dtype": dtype.str,
+            "vocab_size": vocab_size,
+            "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
+            "end_of_text": end_of_text,
+            "validation_fraction": validation_fraction,
+            "seed": seed,
+            "splits": {split: writer.description() for split, writer in writers.items()},
+        }
+        with open(partial / INDEX_NAME, "w", encoding="utf-8") as file:
+            json.dump(index, file, indent=1)
+            file.write("\n")
+            _sync(file)
+        _sync_folder(partial)
+        _move_into_place(partial, target, overwrite)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return target
+
+
+def split_documents(documents: Iterable[str], validation_fraction: float, seed: int) -> Iterator[tuple[str, str]]:
+    """Yield (split, document), in order, with about `validation_fraction` of the documents in "validation".
+
+    The side is a hash of (seed, text): it does not depend on the order or the number of documents, and two equal
+    documents are never on different sides. So that neither side is empty, the first two different documents are put on
+    different sides, whatever their hashes; a lone document is cut at the end of a line (or at a space, or anywhere),
+    its tail becoming the validation text.
+
+    Raises TypeError for a document that is no str, ValueError when there is no text at all, or a single character.
+    """
+    if validation_fraction == 0.0:
+        empty = True
+        for _, document in _with_hashes(documents, seed):
+            empty = False
+            yield "train", document
+        if empty:
+            raise ValueError("there is no text: every document is empty")
+        return
+
+    stream = _with_hashes(documents, seed)
+    first: tuple[float, str] | None = None
+    copies = 0
+    forced: dict[float, str] = {}
+    for value, document in stream:
+        if first is None or value == first[0]:
+            first, copies = (value, document), copies + 1
+            continue
+        if (first[0] < validation_fraction) == (value < validation_fraction):
+            lower_first = first[0] < value
+            forced = {
+                first[0]: "validation" if lower_first else "train",
+                value: "train" if lower_first else "validation",
+            }
+        side = "validation" if first[0] < validation_fraction else "train"
+        for _ in range(copies):
+            yield forced.get(first[0], side), first[1]
+        side = "validation" if value < validation_fraction else "train"
+        yield forced.get(value, side), document
+        break
+    else:
+        if first is None:
+            raise ValueError("there is no text: every document is empty")
+        head, tail = _cut(first[1], 1.0 - validation_fraction)
+        yield "train", head
+        yield "validation", tail
+        return
+    for value, document in stream:
+        side = "validation" if value < validation_fraction else "train"
+        yield forced.get(value, side), document
+
+
+def _with_hashes(documents: Iterable[str], seed: int) -> Iterator[tuple[float, str]]:
+    """Each document that is not empty, with a number in [0, 1) that is a hash of (seed, text)."""
+    key = str(seed).encode()
+    for number, document in enumerate(documents):
+        if not isinstance(document, str):
+            raise TypeError(f"documents must be str, but document {number} is {type(document).__name__}")
+        if document:
+            text = document.encode("utf-8", "surrogatepass")
+            digest = hashlib.blake2b(text, digest_size=8, key=key[:64]).digest()
+            yield int.from_bytes(digest, "big") / 2**64, document
+
+
+def _cut(document: str, fraction: float) -> tuple[str, str]:
+    if len(document) < 2:
+        raise ValueError("a corpus of one character cannot be split: pass validation_fraction=0")
+    middle = min(max(1, round(len(document) * fraction)), len(document) - 1)
+    for boundary in ("\n", " "):
+        after = document.find(boundary, middle - 1, len(document) - 1)
+        before = document.rfind(boundary, 0, middle)
+        candidates = [at + 1 for at in (before, after) if at >= 0]
+        if candidates:
+            middle = min(candidates, key=lambda at: abs(at - middle))
+            break
+    return document[:middle], document[middle:]
+
+
+class _SplitWriter:
+    """Appends tokens to <split>_00000.bin, <split>_00001.bin, ..., of at most `shard_tokens` tokens each."""
+
+    def __init__(self, folder: Path, split: str, dtype: np.dtype[Any], shard_tokens: int) -> None:
+        self._folder, self._split, self._dtype, self._shard_tokens = folder, split, dtype, shard_tokens
+        self._shards: list[dict[str, Any]] = []
+        self._file: BinaryIO | None = None
+        self._digest = hashlib.sha256()
+        self._n_bytes = self._n_documents = 0
+
+    def add(self, tokens: np.ndarray[Any, Any], n_bytes: int) -> None:
+        self._n_bytes += n_bytes
+        self._n_documents += 1
+        while tokens.size:
+            if self._file is None:
+                name = f"{self._split}_{len(self._shards):05d}.bin"
+                self._file = open(self._folder / name, "wb")  # noqa: SIM115 - lives as long as the shard grows
+                self._digest = hashlib.sha256()
+                self._shards.append({"file": name, "n_tokens": 0})
+            shard = self._shards[-1]
+            piece = tokens[: self._shard_tokens - shard["n_tokens"]]
+            tokens = tokens[piece.size :]
+            data = piece.astype(self._dtype).tobytes()
+            self._file.write(data)
+            self._digest.update(data)
+            shard["n_tokens"] += int(piece.size)
+            if shard["n_tokens"] == self._shard_tokens:
+                self.close()
+
+    def close(self) -> None:
+        if self._file is not None:
+            _sync(self._file)
+            self._file.close()
+            self._file = None
+            self._shards[-1]["sha256"] = self._digest.hexdigest()
+
+    def description(self) -> dict[str, Any]:
+        return {
+            "n_tokens": sum(shard["n_tokens"] for shard in self._shards),
+            "n_bytes": self._n_bytes,
+            "n_documents": self._n_documents,
+            "shards": self._shards,
+        }
+
+
+def _refuse_to_destroy(target: Path, overwrite: bool) -> None:
+    if not target.exists() and not target.is_symlink():
+        return
+    if not target.is_dir():
+        raise FileExistsError(f"folder must be a folder or a new name, but {target} is a file")
+    if not any(target.iterdir()):
+        return
+    if not (target / INDEX_NAME).is_file():
+        raise FileExistsError(f"{target} holds files that are no token dataset: name another folder")
+    if not overwrite:
+        raise FileExistsError(f"{target} already holds a token dataset: pass overwrite=True to replace it")
+
+
+def _move_into_place(partial: Path, target: Path, overwrite: bool) -> None:
+    _refuse_to_destroy(target, overwrite)
+    if target.exists():
+        old = Path(tempfile.mkdtemp(prefix=f"{target.name}.replaced-", dir=target.parent))
+        os.replace(target, old / target.name)
+        os.replace(partial, target)
+        shutil.rmtree(old)
+    else:
+        os.replace(partial, target)
+    _sync_folder(target.parent)
+
+
+def _sync(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "posix":  # elsewhere a folder cannot be opened, and the rename is durable by itself
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
