@@ -1,0 +1,30 @@
+"""Print the oldest version of each direct dependency that pyproject.toml allows, as a pip constraints file.
+
+torch is the exception: it keeps the pin of constraints.txt, the only one that is a CPU build everywhere.
+"""
+
+import re
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+REQUIREMENT = re.compile(r"(?P<name>[\w.-]+)>=(?P<floor>[\w.]+)(?:;(?P<marker>.*))?")
+
+
+def floors(pyproject: str, constraints: str) -> list[str]:
+    """One `name==floor` line for each requirement of the project and of its extras; torch's line is `constraints`'."""
+    project = tomllib.loads(pyproject)["project"]
+    lines = []
+    for requirement in project["dependencies"] + sum(project["optional-dependencies"].values(), []):
+        match = REQUIREMENT.fullmatch(requirement)
+        if match is None:
+            raise ValueError(f"pyproject.toml: {requirement!r} is not of the form name>=version; its floor is not known")
+        if match["name"] == "torch":
+            lines += [line for line in constraints.splitlines() if line.startswith("torch==")]
+        elif match["marker"] is None:
+            lines.append(f"{match['name']}=={match['floor']}")
+    return lines
+
+
+if __name__ == "__main__":
+    print("\n".join(floors((ROOT / "pyproject.toml").read_text(), (ROOT / "constraints.txt").read_text())))
