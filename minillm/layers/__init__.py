@@ -1,0 +1,29 @@
+"""Layers: attention, positions, norms, feed-forward, and the cache that generation needs."""
+
+from minillm.layers.attention import (
+    MultiHeadAttention,
+    causal_mask,
+    plain_scaled_dot_product_attention,
+    scaled_dot_product_attention,
+)
+from minillm.layers.feed_forward import FeedForward, SwiGLU
+from minillm.layers.kv_cache import KVCache, LayerKVCache
+from minillm.layers.norms import LayerNorm, RMSNorm
+from minillm.layers.positions import LearnedPositions, LinearScaling, Llama3Scaling, RotaryEmbedding
+
+__all__ = [
+    "FeedForward",
+    "KVCache",
+    "LayerKVCache",
+    "LayerNorm",
+    "LearnedPositions",
+    "LinearScaling",
+    "Llama3Scaling",
+    "MultiHeadAttention",
+    "RMSNorm",
+    "RotaryEmbedding",
+    "SwiGLU",
+    "causal_mask",
+    "plain_scaled_dot_product_attention",
+    "scaled_dot_product_attention",
+]

@@ -1,0 +1,6 @@
+"""Models: the decoder-only transformer, its config, named configs, and exchange with Hugging Face's layouts."""
+
+from minillm.models.config import TransformerConfig
+from minillm.models.transformer import Transformer, TransformerBlock
+
+__all__ = ["Transformer", "TransformerBlock", "TransformerConfig"]
