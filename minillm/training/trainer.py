@@ -1,0 +1,317 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from minillm.models.modes import evaluation_mode
+from minillm.optim import AdamW, parameter_groups, warmup_cosine
+from minillm.training.checkpoint import checkpoint_steps, load_checkpoint, save_checkpoint
+from minillm.training.config import TrainingConfig
+from minillm.training.interrupt import Interrupt, interruptible
+from minillm.training.lock import exclusive
+from minillm.training.loss import Batch, accumulate_gradients, mean_loss
+from minillm.training.metrics import MetricsLog, NonFiniteError, StepStatistics
+from minillm.training.precision import autocast, check_compiler, resolve_device, resolve_precision
+from minillm.training.result import TrainingResult, bits_per_byte
+
+
+class TrainingData(Protocol):
+    """What a `Trainer` asks of its data; `minillm.data.TokenDataset` is the usual one."""
+
+    n_tokens: int
+    n_bytes: int
+
+    def next_batch(self) -> Batch: ...
+    def evaluation_batches(self, max_batches: int | None = None) -> Iterator[Batch]: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Trainer:
+    """Trains a language model: AdamW, warm-up and cosine, clipping, gradient accumulation, evaluation, checkpoints.
+
+        trainer = Trainer(model, TokenDataset(folder, "train", ...), TokenDataset(folder, "validation", ...), config)
+        result = trainer.train()
+
+    A run in a folder (`metrics.jsonl`, `checkpoints/`) that was stopped in any way, a kill or a power cut included,
+    is gone on with by making the same Trainer again: on a CPU its parameters then come out bit for bit as if it had
+    never been stopped.
+
+    Args:
+        model: tokens (batch, seq) -> logits (batch, seq, vocab_size). It is moved to the device and trained in place.
+        train_data, validation_data: where the batches come from.
+        config: see `TrainingConfig`.
+        folder: where metrics and checkpoints go; None writes nothing.
+        resume: go on from the newest good checkpoint in `folder`. False refuses a folder that holds any.
+        progress: show a bar on the standard error, with the loss, tokens per second and the time left.
+        on_log: called with each line of metrics.
+        on_evaluate: called with this Trainer and the line of metrics after each evaluation, e.g. to show what the model
+            writes by now. Neither it nor `on_log` changes the run: random numbers it draws are taken back.
+
+    Raises:
+        FileExistsError: `resume` is False and there are checkpoints.
+        ValueError, RuntimeError: a device, a precision or a compiler that is not there.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train_data: TrainingData,
+        validation_data: TrainingData | None = None,
+        config: TrainingConfig | None = None,
+        *,
+        folder: str | Path | None = None,
+        resume: bool = True,
+        progress: bool = True,
+        on_log: Callable[[dict[str, Any]], None] | None = None,
+        on_evaluate: Callable[[Trainer, dict[str, Any]], None] | None = None,
+    ) -> None:
+        self.config = config or TrainingConfig()
+        self.device = resolve_device(self.config.device)
+        self.precision = resolve_precision(self.config.precision, self.device)
+        self.folder = None if folder is None else Path(folder)
+        if not resume and self._checkpoint_steps():
+            raise FileExistsError(
+                f"{self.folder} holds checkpoints up to step {self._checkpoint_steps()[-1]}: resume them"
+            )
+        self.model = model.to(self.device)
+        self.train_data, self.validation_data = train_data, validation_data
+        self.optimizer = AdamW(
+            parameter_groups(model, self.config.weight_decay),
+            lr=self.config.learning_rate,
+            betas=self.config.betas,
+            fused=True,
+        )
+        self._parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        self._forward: Callable[[Tensor], Tensor] = model
+        if self.config.compile:
+            check_compiler(self.device)
+            self._forward = torch.compile(model)
+        self._context = partial(autocast, self.precision, self.device)
+        self._progress, self._on_log, self._on_evaluate = progress, on_log, on_evaluate
+        self.step = 0
+        self._tokens, self._seconds = 0, 0.0
+        self._metrics = MetricsLog(None)
+        self._checkpoint: Path | None = None
+        self._started = self._in_a_step = False
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """The lines of metrics so far."""
+        return self._metrics.lines
+
+    def train(self) -> TrainingResult:
+        """Train until `config.max_steps` updates are made in all, or until Ctrl-C, which ends the step, saves and
+        returns; calling it again goes on. A second Ctrl-C raises KeyboardInterrupt at once.
+
+        Raises:
+            NonFiniteError: the loss or the gradient became NaN or infinite. It names the step and the last good
+                checkpoint.
+            CheckpointError: every checkpoint in the folder is damaged.
+            RuntimeError: another process is training into the folder.
+        """
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        with exclusive(self.folder) if self.folder else nullcontext(), interruptible() as interrupt:
+            self._start()
+            modes = [(module, module.training) for module in self.model.modules()]
+            self.model.train()
+            try:
+                self._loop(interrupt)
+            except NonFiniteError as error:
+                raise NonFiniteError(error.step, error.loss, error.grad_norm, self._checkpoint) from None
+            finally:
+                for module, training in modes:
+                    module.training = training
+        return self._result()
+
+    def evaluate(self) -> float:
+        """The mean loss over the validation data (`config.eval_batches` of them), in nats per token.
+
+        Raises:
+            ValueError: there is no validation data.
+        """
+        if self.validation_data is None:
+            raise ValueError("evaluate needs validation_data, and this Trainer was made without")
+        return self._mean_loss(self.validation_data.evaluation_batches(self.config.eval_batches))
+
+    def _start(self) -> None:
+        """Begin, or take up the newest checkpoint; with neither folder nor a cut-off step, simply go on."""
+        if self._started and not self._in_a_step:
+            return
+        if self._checkpoint_steps():
+            self._restore()
+        elif self._in_a_step:
+            raise RuntimeError("the last run was cut off in the middle of a step: make the model and the Trainer anew")
+        else:
+            torch.manual_seed(self.config.seed)
+        self._metrics = MetricsLog(None if self.folder is None else self.folder / "metrics.jsonl", self.step)
+        self._started, self._in_a_step = True, False
+
+    def _restore(self) -> None:
+        assert self.folder is not None
+        checkpoint = load_checkpoint(self.folder / "checkpoints")
+        checkpoint.restore(self.model, self.optimizer, rng_device=self.device)
+        if checkpoint.data is not None:
+            self.train_data.load_state_dict(checkpoint.data)
+        self.step, self._checkpoint = checkpoint.step, checkpoint.path
+        self._tokens, self._seconds = checkpoint.config["tokens"], checkpoint.config["seconds"]
+        now, then = self.config.to_dict(), checkpoint.config["training"]
+        changes = [
+            f"{name} {then[name]!r} -> {now[name]!r}" for name in _SETTINGS_OF_AN_UPDATE if then[name] != now[name]
+        ]
+        if changes:
+            text = f"settings changed since {checkpoint.path}, and the new ones hold from here on: {', '.join(changes)}"
+            warnings.warn(text, stacklevel=4)
+
+    def _loop(self, interrupt: Interrupt) -> None:
+        config = self.config
+        statistics = StepStatistics(self.device)
+        bar = tqdm(total=config.max_steps, initial=self.step, unit="step", disable=not self._progress, mininterval=0.5)
+        clock = time.perf_counter()
+        with bar:
+            while self.step < config.max_steps and not interrupt.requested:
+                self._update(self.step + 1, statistics)
+                bar.update()
+                last = self.step == config.max_steps
+                evaluation = last or _due(self.step, config.eval_every)
+                save = last or interrupt.requested or _due(self.step, config.checkpoint_every)
+                if evaluation or save or self.step == 1 or _due(self.step, config.log_every):
+                    line = self._measure(statistics, clock)
+                    if evaluation and self.validation_data is not None:
+                        batches = self.validation_data.evaluation_batches(config.eval_batches)
+                        loss = self._mean_loss(_until(batches, interrupt))
+                        if not interrupt.requested:
+                            line["validation_loss"] = loss
+                    self._report(line, bar, evaluation and not interrupt.requested)
+                    if save or interrupt.requested:
+                        self._save()
+                    clock = time.perf_counter()
+
+    def _update(self, step: int, statistics: StepStatistics) -> None:
+        """One update of the parameters."""
+        config = self.config
+        self._in_a_step = True
+        rate = warmup_cosine(
+            step,
+            warmup_steps=config.warmup,
+            total_steps=config.max_steps,
+            peak=config.learning_rate,
+            minimum=config.final_learning_rate,
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        batches = [self.train_data.next_batch() for _ in range(config.gradient_accumulation_steps)]
+        loss, n_targets = accumulate_gradients(self._forward, batches, self.device, self._context)
+        grad_norm = nn.utils.clip_grad_norm_(self._parameters, config.grad_clip or float("inf"))
+        statistics.add(step, loss, grad_norm, n_targets)
+        if self.device.type == "cpu":
+            # Costs nothing here, and the parameters stay as they were; a GPU is asked with the next line of metrics.
+            statistics.check()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step, self._in_a_step = step, False
+
+    def _measure(self, statistics: StepStatistics, clock: float) -> dict[str, Any]:
+        loss, grad_norm, n_targets = statistics.read()
+        seconds = time.perf_counter() - clock
+        self._tokens += n_targets
+        self._seconds += seconds
+        return {
+            "step": self.step,
+            "loss": loss,
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "grad_norm": grad_norm,
+            "tokens": self._tokens,
+            "tokens_per_second": n_targets / seconds,
+            "seconds": self._seconds,
+        }
+
+    def _report(self, line: dict[str, Any], bar: tqdm[Any], evaluated: bool) -> None:
+        self._metrics.append(line)
+        shown = {"loss": f"{line['loss']:.3f}", "tokens/s": f"{line['tokens_per_second']:,.0f}"}
+        if "validation_loss" in line:
+            shown["validation"] = f"{line['validation_loss']:.3f}"
+        bar.set_postfix(shown, refresh=False)
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            if self._on_log is not None:
+                self._on_log(line)
+            if evaluated and self._on_evaluate is not None:
+                with evaluation_mode(self.model):
+                    self._on_evaluate(self, line)
+
+    def _save(self) -> None:
+        if self.folder is None:
+            return
+        self._metrics.sync()
+        config: dict[str, Any] = {"training": self.config.to_dict(), "tokens": self._tokens, "seconds": self._seconds}
+        self._checkpoint = save_checkpoint(
+            self.folder / "checkpoints",
+            step=self.step,
+            model=self.model,
+            optimizer=self.optimizer,
+            data=self.train_data.state_dict(),
+            config=config,
+            keep=self.config.keep_checkpoints,
+        )
+
+    def _mean_loss(self, batches: Iterable[Batch]) -> float:
+        with evaluation_mode(self.model):
+            return mean_loss(self.model, batches, self.device, self._context)
+
+    def _checkpoint_steps(self) -> list[int]:
+        return [] if self.folder is None else checkpoint_steps(self.folder / "checkpoints")
+
+    def _result(self) -> TrainingResult:
+        evaluations = [line["validation_loss"] for line in self.history if "validation_loss" in line]
+        validation_loss = evaluations[-1] if evaluations else None
+        per_byte = None
+        if validation_loss is not None and self.validation_data is not None:
+            per_byte = bits_per_byte(validation_loss, self.validation_data.n_tokens, self.validation_data.n_bytes)
+        return TrainingResult(
+            history=self.history,
+            step=self.step,
+            interrupted=self.step < self.config.max_steps,
+            loss=self.history[-1]["loss"] if self.history else None,
+            validation_loss=validation_loss,
+            bits_per_byte=per_byte,
+            tokens=self._tokens,
+            seconds=self._seconds,
+            checkpoint=self._checkpoint,
+        )
+
+
+_SETTINGS_OF_AN_UPDATE = (
+    "learning_rate",
+    "min_learning_rate",
+    "warmup_steps",
+    "weight_decay",
+    "betas",
+    "grad_clip",
+    "gradient_accumulation_steps",
+    "precision",
+)
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
+
+
+def _until(batches: Iterable[Batch], interrupt: Interrupt) -> Iterator[Batch]:
+    """The batches, the first in any case, until Ctrl-C."""
+    for batch in batches:
+        yield batch
+        if interrupt.requested:
+            return
