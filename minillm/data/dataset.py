@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import bisect
 import hashlib
-import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -20,23 +19,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from minillm.data.shards import (
-    DEFAULT_SHARD_TOKENS,
-    FORMAT,
-    INDEX_NAME,
-    SPLITS,
-    VERSION,
-    Tokenizer,
-    tokenizer_fingerprint,
-    write_shards,
-)
+from minillm.data.shard_index import SPLITS, DatasetError, map_shard, read_index
+from minillm.data.shards import DEFAULT_SHARD_TOKENS, Tokenizer, tokenizer_fingerprint, write_shards
 from minillm.data.shuffle import permute, random_integer
 
 BLOCK = 8192  # window numbers are permuted this many at a time, so that a batch costs a slice
-
-
-class DatasetError(ValueError):
-    """A token dataset on disk that is missing, damaged, or of another kind. The message names the file."""
 
 
 class TokenDataset:
@@ -85,7 +72,7 @@ class TokenDataset:
         self.context_length, self.batch_size, self.seed = context_length, batch_size, seed
         self.rank, self.world_size = rank, world_size
 
-        index, self.fingerprint = _read_index(self.folder)
+        index, self.fingerprint = read_index(self.folder)
         self.vocab_size: int = index["vocab_size"]
         self.end_of_text: int | None = index["end_of_text"]
         self.tokenizer_fingerprint: str = index["tokenizer_fingerprint"]
@@ -101,7 +88,7 @@ class TokenDataset:
                 f"{self.n_tokens} tokens; got {context_length}"
             )
         self._shard_records: list[dict[str, Any]] = description["shards"]
-        self._shards = [_map_shard(self.folder, record, index["dtype"]) for record in self._shard_records]
+        self._shards = [map_shard(self.folder, record, index["dtype"]) for record in self._shard_records]
         self._shard_ends = np.cumsum([shard.size for shard in self._shards]).tolist()
         self._epoch = self._position = 0
         self._start_epoch(0)
@@ -120,13 +107,13 @@ class TokenDataset:
     ) -> Path:
         """Tokenise `documents` into shards in `folder`, split by document; returns the folder.
 
-        Streams: memory holds one document and one shard's write buffer, however large the corpus. The folder appears
+        Streams: memory holds some 32 million characters at most (or one document), however large the corpus. The folder appears
         complete or not at all (written beside, fsynced, renamed); a killed writer leaves a `<folder>.partial-*` behind,
         which may be deleted.
 
         Args:
-            validation_fraction: share of the documents that go to "validation", by a hash of (seed, text); see
-                `minillm.data.shards.split_documents`. 0 writes no validation split.
+            validation_fraction: share of the text that goes to "validation", whole documents at a time (a lone one is
+                cut), decided by a hash of (seed, text); see `minillm.data.split`. 0 writes no validation split.
             end_of_text: token id put after each document, or None for no separator.
             shard_tokens: tokens in a shard file at most.
             overwrite: replace a dataset that is already in `folder`. Other files are never replaced.
@@ -270,61 +257,3 @@ class TokenDataset:
             return shard[first : first + count]
         rest = count - (shard.size - first)
         return np.concatenate([shard[first:], self._read(start + count - rest, rest)])
-
-
-def _read_index(folder: Path) -> tuple[dict[str, Any], str]:
-    """The index and the dataset's fingerprint (the SHA-256 of the index, which holds every shard's own)."""
-    path = folder / INDEX_NAME
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise DatasetError(
-            f"{folder} holds no token dataset ({INDEX_NAME} is missing): TokenDataset.write makes one"
-        ) from None
-    try:
-        index = json.loads(data)
-    except ValueError as error:
-        raise DatasetError(f"{path} is damaged: {error}") from error
-    if not isinstance(index, dict) or index.get("format") != FORMAT:
-        raise DatasetError(f"{path} is no index of a token dataset")
-    if index.get("version") != VERSION:
-        raise DatasetError(f"{path} has format version {index.get('version')!r}, this minillm reads {VERSION}")
-    try:
-        _check_index(index)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise DatasetError(f"{path} is damaged: {type(error).__name__} {error}") from error
-    except ValueError as error:
-        raise DatasetError(f"{path} is damaged: {error}") from error
-    return index, hashlib.sha256(data).hexdigest()
-
-
-def _check_index(index: dict[str, Any]) -> None:
-    if index["dtype"] not in ("<u2", "<u4"):
-        raise ValueError(f"dtype must be '<u2' or '<u4', it is {index['dtype']!r}")
-    for name in ("vocab_size", "seed", "end_of_text", "validation_fraction", "tokenizer_fingerprint"):
-        index[name]
-    for split in SPLITS:
-        description = index["splits"][split]
-        for name in ("n_tokens", "n_bytes", "n_documents"):
-            if not isinstance(description[name], int) or description[name] < 0:
-                raise ValueError(
-                    f"{name} of the {split} split must be an integer from 0 up, it is {description[name]!r}"
-                )
-        if sum(shard["n_tokens"] for shard in description["shards"]) != description["n_tokens"]:
-            raise ValueError(f"the shards of the {split} split do not add up to {description['n_tokens']} tokens")
-        for shard in description["shards"]:
-            if Path(shard["file"]).name != shard["file"] or not isinstance(shard["sha256"], str):
-                raise ValueError(f"the shard {shard['file']!r} must be a plain file name with a sha256")
-
-
-def _map_shard(folder: Path, record: dict[str, Any], dtype: str) -> npt.NDArray[Any]:
-    path = folder / record["file"]
-    expected = record["n_tokens"] * np.dtype(dtype).itemsize
-    try:
-        size = path.stat().st_size
-    except FileNotFoundError:
-        raise DatasetError(f"{path} is missing: write the dataset again") from None
-    if size != expected:
-        raise DatasetError(f"{path} has {size} bytes, the index says {expected}: write the dataset again")
-    # A plain array over the map: slicing an np.memmap costs ten times as much as slicing an ndarray.
-    return np.asarray(np.memmap(path, dtype=dtype, mode="r"))

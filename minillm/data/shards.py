@@ -19,16 +19,15 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
-FORMAT = "minillm token shards"
-VERSION = 1
-INDEX_NAME = "index.json"
-SPLITS = ("train", "validation")
+from minillm.data.shard_index import FORMAT, INDEX_NAME, SPLITS, VERSION
+from minillm.data.split import split_documents
+
 DEFAULT_SHARD_TOKENS = 2**27
 
 
@@ -64,8 +63,6 @@ def write_shards(
     overwrite: bool = False,
 ) -> Path:
     """Tokenise `documents` into `folder`; returns the folder. See `TokenDataset.write`."""
-    if not 0.0 <= validation_fraction < 1.0:
-        raise ValueError(f"validation_fraction must be in [0, 1), got {validation_fraction}")
     if shard_tokens < 1:
         raise ValueError(f"shard_tokens must be at least 1, got {shard_tokens}")
     vocab_size = tokenizer.vocab_size
@@ -73,8 +70,6 @@ def write_shards(
         raise ValueError(f"tokenizer.vocab_size must be in 1 .. 2^32, got {vocab_size}")
     if end_of_text is not None and not 0 <= end_of_text < vocab_size:
         raise ValueError(f"end_of_text must be a token id in 0 .. {vocab_size - 1} or None, got {end_of_text}")
-    if isinstance(documents, str):
-        raise TypeError("documents must be an iterable of str, one for each document, got one str; pass [text]")
     target = Path(folder)
     _refuse_to_destroy(target, overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -120,83 +115,6 @@ def write_shards(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return target
-
-
-def split_documents(documents: Iterable[str], validation_fraction: float, seed: int) -> Iterator[tuple[str, str]]:
-    """Yield (split, document), in order, with about `validation_fraction` of the documents in "validation".
-
-    The side is a hash of (seed, text): it does not depend on the order or the number of documents, and two equal
-    documents are never on different sides. So that neither side is empty, the first two different documents are put on
-    different sides, whatever their hashes; a lone document is cut at the end of a line (or at a space, or anywhere),
-    its tail becoming the validation text.
-
-    Raises TypeError for a document that is no str, ValueError when there is no text at all, or a single character.
-    """
-    if validation_fraction == 0.0:
-        empty = True
-        for _, document in _with_hashes(documents, seed):
-            empty = False
-            yield "train", document
-        if empty:
-            raise ValueError("there is no text: every document is empty")
-        return
-
-    stream = _with_hashes(documents, seed)
-    first: tuple[float, str] | None = None
-    copies = 0
-    forced: dict[float, str] = {}
-    for value, document in stream:
-        if first is None or value == first[0]:
-            first, copies = (value, document), copies + 1
-            continue
-        if (first[0] < validation_fraction) == (value < validation_fraction):
-            lower_first = first[0] < value
-            forced = {
-                first[0]: "validation" if lower_first else "train",
-                value: "train" if lower_first else "validation",
-            }
-        side = "validation" if first[0] < validation_fraction else "train"
-        for _ in range(copies):
-            yield forced.get(first[0], side), first[1]
-        side = "validation" if value < validation_fraction else "train"
-        yield forced.get(value, side), document
-        break
-    else:
-        if first is None:
-            raise ValueError("there is no text: every document is empty")
-        head, tail = _cut(first[1], 1.0 - validation_fraction)
-        yield "train", head
-        yield "validation", tail
-        return
-    for value, document in stream:
-        side = "validation" if value < validation_fraction else "train"
-        yield forced.get(value, side), document
-
-
-def _with_hashes(documents: Iterable[str], seed: int) -> Iterator[tuple[float, str]]:
-    """Each document that is not empty, with a number in [0, 1) that is a hash of (seed, text)."""
-    key = str(seed).encode()
-    for number, document in enumerate(documents):
-        if not isinstance(document, str):
-            raise TypeError(f"documents must be str, but document {number} is {type(document).__name__}")
-        if document:
-            text = document.encode("utf-8", "surrogatepass")
-            digest = hashlib.blake2b(text, digest_size=8, key=key[:64]).digest()
-            yield int.from_bytes(digest, "big") / 2**64, document
-
-
-def _cut(document: str, fraction: float) -> tuple[str, str]:
-    if len(document) < 2:
-        raise ValueError("a corpus of one character cannot be split: pass validation_fraction=0")
-    middle = min(max(1, round(len(document) * fraction)), len(document) - 1)
-    for boundary in ("\n", " "):
-        after = document.find(boundary, middle - 1, len(document) - 1)
-        before = document.rfind(boundary, 0, middle)
-        candidates = [at + 1 for at in (before, after) if at >= 0]
-        if candidates:
-            middle = min(candidates, key=lambda at: abs(at - middle))
-            break
-    return document[:middle], document[middle:]
 
 
 class _SplitWriter:
