@@ -107,9 +107,9 @@ class TokenDataset:
     ) -> Path:
         """Tokenise `documents` into shards in `folder`, split by document; returns the folder.
 
-        Streams: memory holds some 32 million characters at most (or one document), however large the corpus. The folder appears
-        complete or not at all (written beside, fsynced, renamed); a killed writer leaves a `<folder>.partial-*` behind,
-        which may be deleted.
+        Streams: memory holds some 32 million characters at most (or one document), however large the corpus. The folder
+        appears complete or not at all (written beside, fsynced, renamed); a killed writer leaves a `<folder>.partial-*`
+        behind, which may be deleted.
 
         Args:
             validation_fraction: share of the text that goes to "validation", whole documents at a time (a lone one is

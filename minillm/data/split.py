@@ -1,10 +1,10 @@
 """Train and validation text, divided by document.
 
-Two rules at once. For a corpus of any size the side of a document is a hash of (seed, text): no state, no order, and two
-equal documents are never on different sides. But the hash counts documents, and where documents are few and unequal, a
-tenth of them can be a quarter of the text. So the documents at the beginning (as many as fit into a fixed amount of
-memory; for a small corpus, all of them) are divided by size: in the order of their hashes they become validation text as
-long as that stays within its share.
+Two rules at once. For a corpus of any size the side of a document is a hash of (seed, text): no state, no order, and
+two equal documents are never on different sides. But the hash counts documents, and where documents are few and unequal,
+a tenth of them can be a quarter of the text. So the documents at the beginning (as many as fit into a fixed amount of
+memory; for a small corpus, all of them) are divided by size: in the order of their hashes they become validation text
+until that has its share, within a tenth of it; those too large for what is left are passed over.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def split_documents(
     """Yield ("train" or "validation", document) in the order of the documents; empty ones are left out.
 
     validation_fraction: the share of the text for validation, in [0, 1). Where it is above 0 neither side stays empty:
-    of two documents one goes to each side, and a lone document (or copies of one) is cut in two, after the end of a line
-    or else after a space, and its tail becomes the validation text.
+    of two documents one goes to each side, and a lone document (or copies of one) is cut in two, after the end of a
+    line or else after a space, and its tail becomes the validation text.
 
     Raises TypeError for a document that is no str, ValueError when there is no text, or a single character to cut.
     """
@@ -72,13 +72,15 @@ def _with_hashes(documents: Iterable[str], seed: int) -> Iterator[tuple[int, str
 
 
 def _choose(held: list[tuple[int, str]], share: float) -> set[int]:
-    """The hashes of the validation documents: at most `share` characters, at least one document, never all."""
+    """The hashes of the validation documents: about `share` characters, at least one document, never all."""
     sizes: dict[int, int] = {}
     for value, document in held:
         sizes[value] = sizes.get(value, 0) + len(document)
     chosen, n_characters = set[int](), 0
-    for value in sorted(sizes):
-        if n_characters + sizes[value] <= share:
+    for value in sorted(sizes)[:-1]:
+        if n_characters >= 0.9 * share:
+            break
+        if n_characters + sizes[value] <= 1.1 * share:
             chosen.add(value)
             n_characters += sizes[value]
     return chosen or {min(sizes, key=lambda value: (sizes[value], value))}
