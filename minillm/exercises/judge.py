@@ -1,0 +1,216 @@
+"""nbval as the judge of an exercise: what pytest collects and how each part's outcome is told in one line.
+
+Where plain nbval runs cells one after the other and reports tracebacks, here
+
+- an answer's outputs are not compared; a check's printed lines must appear in order (a student's own prints between
+  them do no harm);
+- a part that fails is followed by the source's solution of that part, so that later parts are judged on their own;
+- a kernel that dies, hangs or floods is replaced, and what came before is run again in the new one.
+"""
+
+import difflib
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from nbformat import NotebookNode
+from nbval.plugin import IPyNbCell, IPyNbFile, NbCellError, find_comment_markers, find_metadata_tags
+
+from minillm.course.notebooks import read_notebook
+from minillm.exercises.assemble import assemble
+from minillm.exercises.folder import load
+from minillm.exercises.kernel import CellStoppedError, WatchedKernel
+from minillm.exercises.submission import first_line, read_submission
+
+_ANSI = re.compile(r"\x1b\[[0-9;]*m")
+_ARROW = re.compile(r"^-+> ?\d+ (.*)$", re.MULTILINE)
+
+
+class NotYetError(Exception):
+    """A part is not solved; the message is all that the student needs to see."""
+
+
+class JudgedFile(IPyNbFile):  # type: ignore[misc]  # nbval is not typed
+    """An assembled notebook (see :mod:`minillm.exercises.assemble`) as a pytest file."""
+
+    def notebook(self) -> NotebookNode:
+        return read_notebook(self.path)
+
+    def collect(self) -> Iterator["JudgedCell"]:
+        try:
+            self.nb = self.notebook()
+        except ValueError as error:
+            raise self.CollectError(str(error)) from None
+        cells = [cell for cell in self.nb.cells if cell.cell_type == "code"]
+        checks = [cell.metadata["judge"].get("part") for cell in cells if cell.metadata["judge"]["role"] == "check"]
+        for number, cell in enumerate(cells):
+            judge = cell.metadata["judge"]
+            name = f"{judge['role']} {cell.id}"
+            if "part" in judge:
+                name = f"{judge['part']} {judge['role']}"
+                if judge["role"] == "check" and checks.count(judge["part"]) > 1:
+                    name = f"{judge['part']} {cell.id}"
+            options = defaultdict(bool, find_metadata_tags(cell.metadata))
+            options.update(dict(find_comment_markers(cell.source)))
+            options["check"] = judge["role"] == "check" and options.get("check", True)
+            yield JudgedCell.from_parent(self, name=name, cell_num=number, cell=cell, options=options)
+
+    def setup(self) -> None:
+        self.history: dict[int, str] = {}  # what made the namespace, by cell number: a new kernel gets the same
+        self.failed: dict[str, str] = {}  # part -> its first message
+        self.abandoned: set[str] = set()  # parts whose remaining checks would only hang or die again
+        self.replaced: set[str] = set()  # failed parts whose solution stands in by now
+        self.notes: list[str] = []
+        self.start_kernel()
+        self.setup_sanitize_files()
+
+    def start_kernel(self) -> None:
+        self.kernel = WatchedKernel(self.path.parent, self.config.option.nbval_kernel_startup_timeout)
+
+    def prepare(self, part: str | None) -> None:
+        """Before a cell of ``part`` runs: see that other parts that failed are solved, and that there is a kernel."""
+        timeout = self.config.option.nbval_cell_timeout
+        for cell in self.nb.cells:
+            judge = cell.metadata.get("judge", {})
+            number = judge.get("part")
+            if (
+                judge.get("role") == "answer"
+                and number in self.failed
+                and number != part
+                and number not in self.replaced
+            ):
+                self.replaced.add(number)
+                self.history[self.number_of(cell)] = judge["solution"]
+                if self.kernel.is_alive():
+                    self.kernel.run_quietly(judge["solution"], timeout)
+        if not self.kernel.is_alive():
+            self.kernel.stop()
+            self.start_kernel()
+            for _, source in sorted(self.history.items()):
+                self.kernel.run_quietly(source, timeout)
+
+    def number_of(self, cell: NotebookNode) -> int:
+        return next(n for n, c in enumerate(c for c in self.nb.cells if c.cell_type == "code") if c is cell)
+
+    def answer_to(self, part: str | None) -> NotebookNode | None:
+        judges = ((cell, cell.metadata.get("judge", {})) for cell in self.nb.cells)
+        return next((cell for cell, j in judges if j.get("role") == "answer" and j.get("part") == part), None)
+
+
+class ExerciseFile(JudgedFile):
+    """A student's notebook under ``exercises/``: judged as the pristine cells with the student's answers in them."""
+
+    def notebook(self) -> NotebookNode:
+        exercise = load(self.path.parent / "solutions" / self.path.name)
+        return assemble(exercise, read_submission(self.path, exercise))
+
+
+class JudgedCell(IPyNbCell):  # type: ignore[misc]  # nbval is not typed
+    """One code cell of a judged notebook."""
+
+    def __init__(
+        self, name: str, parent: JudgedFile, cell_num: int, cell: NotebookNode, options: dict[str, Any]
+    ) -> None:
+        super().__init__(name, parent, cell_num, cell, options)
+        self.role: str = cell.metadata["judge"]["role"]
+        self.part: str | None = cell.metadata["judge"].get("part")
+        self.user_properties += [("role", self.role), ("part", self.part), ("cell", cell.id)]
+
+    def setup(self) -> None:
+        """nbval would expect every cell after a timeout to fail; here each part stands on its own."""
+
+    def runtest(self) -> None:
+        file: JudgedFile = self.parent
+        if self.part in file.abandoned:
+            pytest.skip(f"{self.part} has failed before")
+        status = self.cell.metadata["judge"].get("status", "written")
+        if status != "written":
+            self.fail(
+                f"not started: {self.task()}" if status == "not started" else f"your answer {status}", abandon=True
+            )
+        file.timed_out = False
+        self.test_outputs: list[NotebookNode] = []
+        try:
+            file.prepare(self.part)
+            super().runtest()
+        except (NbCellError, CellStoppedError) as error:
+            message = self.explain(error)
+            if self.role == "extra":
+                file.notes.append(f"your own cell {first_line(self.cell.source)!r}: {message}")
+                return
+            stopped = file.timed_out or isinstance(error, CellStoppedError) or self.role == "answer"
+            self.fail(message, abandon=stopped)
+        if self.role != "check":
+            file.history[self.cell_num] = self.cell.source
+
+    def fail(self, message: str, *, abandon: bool) -> None:
+        file: JudgedFile = self.parent
+        if self.part is not None:
+            file.failed.setdefault(self.part, message)
+            if abandon:
+                file.abandoned.add(self.part)
+        raise NotYetError(" ".join(message.split())[:400]) from None
+
+    def task(self) -> str:
+        answer = self.parent.answer_to(self.part)
+        return str(answer.metadata["minillm"]["task"]) if answer is not None else ""
+
+    def explain(self, error: Exception) -> str:
+        """What happened, in one sentence for the student."""
+        if isinstance(error, CellStoppedError):
+            return str(error)
+        raised = next((output for output in self.test_outputs or [] if output.output_type == "error"), None)
+        if raised is None:
+            return str(error) if self.parent.timed_out else "; ".join(self.comparison_traceback)
+        name, text = str(raised.ename), str(raised.evalue).strip()
+        place = self.place("\n".join(raised.traceback))
+        if name == "KeyboardInterrupt" and self.parent.timed_out:
+            return f"still running after {self.config.option.nbval_cell_timeout:g} s{place}: does a loop never end?"
+        if name == "Mistake":
+            return text
+        if name == "NotImplementedError" and text.startswith("Exercise "):
+            return f"still raises NotImplementedError{place}: replace that line by your code"
+        missing = re.fullmatch(r"name '(\w+)' is not defined", text)
+        answer = self.parent.answer_to(self.part)
+        if missing and answer is not None and missing[1] in answer.metadata["judge"]["defines"]:
+            return f"your answer does not define {missing[1]}: was it renamed?"
+        if name == "SystemExit":
+            return f"ends the notebook (exit or sys.exit){place}: return instead"
+        return f"{name}: {text.splitlines()[0] if text else 'without a message'}{place}"
+
+    def place(self, traceback: str) -> str:
+        """The line of the student's answer that a traceback ends in, to put behind a message."""
+        answer = self.parent.answer_to(self.part)
+        if answer is None:
+            return ""
+        lines = [line.strip() for line in answer.source.splitlines()]
+        for arrow in reversed(_ARROW.findall(_ANSI.sub("", traceback))):
+            code = arrow.strip()
+            if code and code in lines:
+                return f" (line {lines.index(code) + 1} of your answer: {first_line(code)})"
+        return ""
+
+    def compare_outputs(self, test: list[NotebookNode], ref: list[NotebookNode], skip_compare: object = None) -> bool:
+        """Every line that the source's check printed must be printed again, in this order."""
+        printed = _stdout(test)
+        left = iter(printed)
+        missing = next((line for line in _stdout(ref) if line not in left), None)
+        if missing is None:
+            return True
+        near = difflib.get_close_matches(missing, printed, n=1, cutoff=0.4)
+        instead = f"printed {near[0][:150]!r}" if near else "did not print it"
+        self.comparison_traceback = [f"the check should print {missing[:150]!r}, but {instead}"]
+        return False
+
+    def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException]) -> Any:
+        if isinstance(excinfo.value, NotYetError):
+            answer = self.parent.answer_to(self.part)
+            title = self.name if answer is None else f"{self.part} {answer.metadata['minillm']['title']}"
+            return f"{title}: {excinfo.value}"
+        return super().repr_failure(excinfo)
+
+
+def _stdout(outputs: list[NotebookNode]) -> list[str]:
+    return "".join(out.text for out in outputs if out.output_type == "stream" and out.name == "stdout").splitlines()
