@@ -152,7 +152,10 @@ def save_checkpoint(
     temporary.mkdir()
     state["files"] = {}
     for name, content in (("model.safetensors", tensors), ("optimizer.safetensors", moments)):
+        (temporary / name).touch()
+        mode = (temporary / name).stat().st_mode
         save_file(content, temporary / name, metadata={"format": "pt"})
+        (temporary / name).chmod(mode)  # safetensors makes files that nobody else may read, whatever the umask says
         fsync(temporary / name)
         state["files"][name] = describe(temporary / name)
     write_sealed(temporary / "state.json", state)

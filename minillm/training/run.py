@@ -1,0 +1,242 @@
+"""A whole training run in a folder: corpus, tokenizer, token shards, model, training; and the way back to the model.
+
+folder/run.json          the settings, complete: what `load_run` and a later sitting build from
+       tokenizer.json    the tokenizer
+       data/             the token shards
+       metrics.jsonl     a JSON object a line
+       checkpoints/      see `minillm.training.checkpoint`
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minillm.data import TokenDataset, load_corpus
+from minillm.models import Transformer, TransformerConfig
+from minillm.tokenizers import ByteBPETokenizer
+from minillm.training.checkpoint import load_checkpoint
+from minillm.training.config import TrainingConfig
+from minillm.training.integrity import fsync
+from minillm.training.precision import resolve_device
+from minillm.training.result import TrainingResult
+from minillm.training.trainer import Trainer
+
+END_OF_TEXT = "<|endoftext|>"
+TOKENIZER_DEFAULTS: dict[str, Any] = {"vocab_size": 1024, "pattern": "gpt2"}
+DATA_DEFAULTS: dict[str, Any] = {"batch_size": 16, "validation_fraction": 0.1, "seed": 0}
+_SETTINGS = "run.json"
+
+
+def train_run(
+    folder: str | Path,
+    *,
+    corpus: str = "python-docs",
+    tokenizer: dict[str, Any] | None = None,
+    data: dict[str, Any] | None = None,
+    model: dict[str, Any] | None = None,
+    training: dict[str, Any] | None = None,
+    resume: bool = True,
+    progress: bool = True,
+    on_evaluate: Callable[[Trainer, dict[str, Any]], None] | None = None,
+) -> TrainingResult:
+    """Train a byte-level BPE tokenizer and a `Transformer` on a corpus, in a folder; or go on with a run that is there.
+
+    The model's first weights and dropout are drawn from the training settings' seed.
+
+    Args:
+        folder: made if missing.
+        corpus: what `minillm.data.load_corpus` takes.
+        tokenizer: `vocab_size`, `pattern`: of `ByteBPETokenizer.train`.
+        data: `batch_size`, `seed` of `TokenDataset`, `validation_fraction` of its `write` (0: no validation).
+        model: the fields of `TransformerConfig`; `vocab_size` is the tokenizer's.
+        training: the fields of `TrainingConfig`.
+        resume: False refuses a folder that holds a run.
+        progress: show the trainer's bar.
+        on_evaluate: as `Trainer` takes it.
+
+    Returns:
+        The trainer's result with `unigram_entropy`, and `entropy_floor` for the synthetic corpus.
+
+    Raises:
+        FileExistsError: there is a run in the folder and `resume` is False.
+        ValueError: a setting that does not exist or is out of range, or one that differs from that of the run in the
+            folder (all but those of `training` are fixed once and for all).
+    """
+    folder = Path(folder)
+    settings: dict[str, Any] = {
+        "corpus": corpus,
+        "tokenizer": _complete("tokenizer", tokenizer or {}, TOKENIZER_DEFAULTS),
+        "data": _complete("data", data or {}, DATA_DEFAULTS),
+    }
+    settings["model"] = _complete_model(model or {}, settings["tokenizer"]["vocab_size"])
+    settings["training"] = TrainingConfig.from_dict(training or {}).to_dict()
+    if (folder / _SETTINGS).exists():
+        if not resume:
+            raise FileExistsError(f"{folder} holds a run already; resume it, or name another folder")
+        _require_same(folder, settings, _read_settings(folder))
+    bpe, model_config = _prepare(folder, settings)
+    config = TrainingConfig.from_dict(settings["training"])
+    train_data = _open(folder, settings, model_config, bpe, "train")
+    validation = _open(folder, settings, model_config, bpe, "validation") if _validates(settings) else None
+    torch.manual_seed(config.seed)
+    trainer = Trainer(
+        Transformer(model_config),
+        train_data,
+        validation,
+        config,
+        folder=folder,
+        progress=progress,
+        on_evaluate=on_evaluate,
+    )
+    result = trainer.train()
+    return dataclasses.replace(
+        result,
+        unigram_entropy=None if validation is None else unigram_entropy(train_data, validation),
+        entropy_floor=_entropy_floor(corpus, bpe),
+    )
+
+
+def load_run(folder: str | Path, device: str = "auto") -> tuple[Transformer, ByteBPETokenizer]:
+    """The model of a run at its newest good checkpoint, in evaluation mode on the device, and its tokenizer.
+
+    Raises:
+        FileNotFoundError: there is no run in the folder, or it has no checkpoint yet.
+        CheckpointError: every checkpoint is damaged.
+    """
+    folder = Path(folder)
+    place = resolve_device(device)
+    settings = _read_settings(folder)
+    checkpoint = load_checkpoint(folder / "checkpoints")
+    bpe = ByteBPETokenizer.load(folder / "tokenizer.json")
+    model = Transformer(_model_config(settings, bpe))
+    checkpoint.restore(model)
+    return model.to(place).eval(), bpe
+
+
+def unigram_entropy(train_data: TokenDataset, validation_data: TokenDataset) -> float:
+    """The loss on the validation tokens, in nats per token, of the best model that ignores context.
+
+        -mean over validation tokens of log p(token),    p(token) = (count in training + 1) / (n_tokens + vocab_size)
+
+    (One is added so that a token which never occurs in training does not cost infinitely much.)
+    """
+    vocab_size = train_data.vocab_size
+    counts = _token_counts(train_data) + 1
+    log_probabilities = (counts / counts.sum()).log()
+    seen = _token_counts(validation_data)
+    assert counts.numel() == seen.numel() == vocab_size
+    return -float((seen * log_probabilities).sum() / seen.sum())
+
+
+def _token_counts(data: TokenDataset) -> torch.Tensor:
+    # Long rows, because each costs a slice.
+    length = min(data.n_tokens - 1, 2**16)
+    rows = TokenDataset(data.folder, data.split, context_length=length, batch_size=1)
+    counts = torch.zeros(data.vocab_size, dtype=torch.float64)
+    for _, targets in rows.evaluation_batches():
+        counts += torch.bincount(targets.flatten(), minlength=data.vocab_size)
+    return counts
+
+
+def _prepare(folder: Path, settings: dict[str, Any]) -> tuple[ByteBPETokenizer, TransformerConfig]:
+    """Write what is not there yet: settings, tokenizer, shards. Each appears complete or not at all, so that a killed
+    preparation is gone on with."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer_file = folder / "tokenizer.json"
+    if tokenizer_file.exists():
+        bpe = ByteBPETokenizer.load(tokenizer_file)
+    else:
+        bpe = ByteBPETokenizer.train(
+            load_corpus(settings["corpus"]), special_tokens=[END_OF_TEXT], **settings["tokenizer"]
+        )
+        bpe.save(tokenizer_file)
+    _write_settings(folder, settings)
+    if not (folder / "data").exists():
+        TokenDataset.write(
+            folder / "data",
+            load_corpus(settings["corpus"]),
+            bpe,
+            validation_fraction=settings["data"]["validation_fraction"],
+            seed=settings["data"]["seed"],
+            end_of_text=bpe.special_tokens[END_OF_TEXT],
+        )
+    return bpe, _model_config(settings, bpe)
+
+
+def _open(
+    folder: Path, settings: dict[str, Any], model_config: TransformerConfig, bpe: ByteBPETokenizer, split: str
+) -> TokenDataset:
+    return TokenDataset(
+        folder / "data",
+        split,
+        context_length=model_config.context_length,
+        batch_size=settings["data"]["batch_size"],
+        seed=settings["data"]["seed"],
+        tokenizer=bpe,
+    )
+
+
+def _validates(settings: dict[str, Any]) -> bool:
+    return bool(settings["data"]["validation_fraction"] > 0)
+
+
+def _model_config(settings: dict[str, Any], bpe: ByteBPETokenizer) -> TransformerConfig:
+    return TransformerConfig.from_dict({**settings["model"], "vocab_size": bpe.vocab_size})
+
+
+def _entropy_floor(corpus: str, bpe: ByteBPETokenizer) -> float | None:
+    if corpus != "synthetic":
+        return None
+    grammar = load_corpus(corpus).grammar
+    assert grammar is not None
+    return grammar.entropy_per_token(bpe, end_of_text=True)
+
+
+def _complete(section: str, values: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    unknown = sorted(set(values) - set(defaults))
+    if unknown:
+        raise ValueError(f"unknown {section} settings {', '.join(unknown)}; allowed: {', '.join(defaults)}")
+    return defaults | values
+
+
+def _complete_model(values: dict[str, Any], vocab_size: int) -> dict[str, Any]:
+    """Every field of the model but the vocabulary's size: the tokenizer may come out smaller than what was asked for."""
+    if "vocab_size" in values:
+        raise ValueError("model settings take no vocab_size: it is the tokenizer's")
+    config = TransformerConfig.from_dict({**values, "vocab_size": vocab_size}).to_dict()
+    del config["vocab_size"]
+    complete: dict[str, Any] = json.loads(json.dumps(config))
+    return complete
+
+
+def _require_same(folder: Path, settings: dict[str, Any], stored: dict[str, Any]) -> None:
+    for section in ("corpus", "tokenizer", "data", "model"):
+        now, then = settings[section], stored[section]
+        if now != then:
+            raise ValueError(
+                f"{folder} holds a run with {section} {json.dumps(then)}, which cannot become {json.dumps(now)}: "
+                "give the same settings, or another folder"
+            )
+
+
+def _read_settings(folder: Path) -> dict[str, Any]:
+    file = folder / _SETTINGS
+    if not file.exists():
+        raise FileNotFoundError(f"{folder} holds no training run: there is no {_SETTINGS} in it")
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    assert isinstance(settings, dict)
+    return settings
+
+
+def _write_settings(folder: Path, settings: dict[str, Any]) -> None:
+    temporary = folder / f".writing-{_SETTINGS}"
+    temporary.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    fsync(temporary)
+    os.replace(temporary, folder / _SETTINGS)
