@@ -8,8 +8,6 @@ Where plain nbval runs cells one after the other and reports tracebacks, here
 - a kernel that dies, hangs or floods is replaced, and what came before is run again in the new one.
 """
 
-import difflib
-import re
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
@@ -19,13 +17,11 @@ from nbformat import NotebookNode
 from nbval.plugin import IPyNbCell, IPyNbFile, NbCellError, find_comment_markers, find_metadata_tags
 
 from minillm.course.notebooks import read_notebook
+from minillm.exercises import wording
 from minillm.exercises.assemble import assemble
 from minillm.exercises.folder import load
 from minillm.exercises.kernel import CellStoppedError, WatchedKernel
 from minillm.exercises.submission import first_line, read_submission
-
-_ANSI = re.compile(r"\x1b\[[0-9;]*m")
-_ARROW = re.compile(r"^-+> ?\d+ (.*)$", re.MULTILINE)
 
 
 class NotYetError(Exception):
@@ -151,7 +147,7 @@ class JudgedCell(IPyNbCell):  # type: ignore[misc]  # nbval is not typed
             file.failed.setdefault(self.part, message)
             if abandon:
                 file.abandoned.add(self.part)
-        raise NotYetError(" ".join(message.split())[:400]) from None
+        raise NotYetError(wording.shorten(message)) from None
 
     def task(self) -> str:
         answer = self.parent.answer_to(self.part)
@@ -164,45 +160,20 @@ class JudgedCell(IPyNbCell):  # type: ignore[misc]  # nbval is not typed
         raised = next((output for output in self.test_outputs or [] if output.output_type == "error"), None)
         if raised is None:
             return str(error) if self.parent.timed_out else "; ".join(self.comparison_traceback)
-        name, text = str(raised.ename), str(raised.evalue).strip()
-        place = self.place("\n".join(raised.traceback))
-        if name == "KeyboardInterrupt" and self.parent.timed_out:
+        answer = self.parent.answer_to(self.part)
+        place = "" if answer is None else wording.place_in(answer.source, "\n".join(raised.traceback))
+        if raised.ename == "KeyboardInterrupt" and self.parent.timed_out:
             return f"still running after {self.config.option.nbval_cell_timeout:g} s{place}: does a loop never end?"
-        if name == "Mistake":
-            return text
-        if name == "NotImplementedError" and text.startswith("Exercise "):
-            return f"still raises NotImplementedError{place}: replace that line by your code"
-        missing = re.fullmatch(r"name '(\w+)' is not defined", text)
-        answer = self.parent.answer_to(self.part)
-        if missing and answer is not None and missing[1] in answer.metadata["judge"]["defines"]:
-            return f"your answer does not define {missing[1]}: was it renamed?"
-        if name == "SystemExit":
-            return f"ends the notebook (exit or sys.exit){place}: return instead"
-        return f"{name}: {text.splitlines()[0] if text else 'without a message'}{place}"
-
-    def place(self, traceback: str) -> str:
-        """The line of the student's answer that a traceback ends in, to put behind a message."""
-        answer = self.parent.answer_to(self.part)
-        if answer is None:
-            return ""
-        lines = [line.strip() for line in answer.source.splitlines()]
-        for arrow in reversed(_ARROW.findall(_ANSI.sub("", traceback))):
-            code = arrow.strip()
-            if code and code in lines:
-                return f" (line {lines.index(code) + 1} of your answer: {first_line(code)})"
-        return ""
+        defines = [] if answer is None else answer.metadata["judge"]["defines"]
+        return wording.of_exception(str(raised.ename), str(raised.evalue), defines=defines, place=place)
 
     def compare_outputs(self, test: list[NotebookNode], ref: list[NotebookNode], skip_compare: object = None) -> bool:
-        """Every line that the source's check printed must be printed again, in this order."""
-        printed = _stdout(test)
-        left = iter(printed)
-        missing = next((line for line in _stdout(ref) if line not in left), None)
-        if missing is None:
-            return True
-        near = difflib.get_close_matches(missing, printed, n=1, cutoff=0.4)
-        instead = f"printed {near[0][:150]!r}" if near else "did not print it"
-        self.comparison_traceback = [f"the check should print {missing[:150]!r}, but {instead}"]
-        return False
+        difference = wording.of_difference(_stdout(test), _stdout(ref))
+        self.comparison_traceback = [] if difference is None else [difference]
+        return difference is None
+
+    def reportinfo(self) -> tuple[Any, int, str]:
+        return self.path, 0, f"{self.path.name}: {self.name}"
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException]) -> Any:
         if isinstance(excinfo.value, NotYetError):
@@ -212,5 +183,5 @@ class JudgedCell(IPyNbCell):  # type: ignore[misc]  # nbval is not typed
         return super().repr_failure(excinfo)
 
 
-def _stdout(outputs: list[NotebookNode]) -> list[str]:
-    return "".join(out.text for out in outputs if out.output_type == "stream" and out.name == "stdout").splitlines()
+def _stdout(outputs: list[NotebookNode]) -> str:
+    return "".join(out.text for out in outputs if out.output_type == "stream" and out.name == "stdout")

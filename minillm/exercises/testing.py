@@ -1,0 +1,178 @@
+"""For chapters' authors: what every exercise is tested for, and a quick way to try answers.
+
+Wrong answers run in this process, without a kernel: the pristine setup cells, the solutions of earlier parts, the
+answer, its checks (hidden ones included). So dozens of them take a second.
+
+>>> judge("02", "2.1", "def count_pairs(ids): return {}")    # the message a student would see, or None if it passes
+"""
+
+import contextlib
+import io
+import linecache
+import signal
+import sys
+import threading
+import types
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import ClassVar
+
+from nbformat import NotebookNode
+
+from minillm.course.notebooks import notebook_bytes
+from minillm.exercises import wording
+from minillm.exercises.assemble import answer_status, assemble, solved
+from minillm.exercises.build import generate
+from minillm.exercises.check import report_of
+from minillm.exercises.folder import find_exercise
+from minillm.exercises.format import Exercise, role, stub
+from minillm.exercises.rules import aliases
+from minillm.exercises.run import judge_notebook
+from minillm.exercises.submission import read_submission
+
+_LONGEST_MESSAGE = 300
+_SECONDS = 20
+
+
+def judge(
+    exercise: str | Exercise, part: str, answer: str, *, seed: int = 1, folder: Path | str | None = None
+) -> str | None:
+    """What a student hears who answers ``part`` with ``answer`` (the answer cell's whole source); None if it passes."""
+    asked = find_exercise(exercise, folder) if isinstance(exercise, str) else exercise
+    target = asked.part(part)
+    setup = "\n".join(cell.source for cell in asked.notebook.cells if role(cell) == "setup")
+    unsolved = stub(next(cell.source for cell in asked.notebook.cells if cell.id == target.answer), target)
+    status = answer_status(answer, unsolved, target, aliases(setup))
+    if status != "written":
+        return status
+    submission = solved(asked)
+    submission.answers[part] = answer
+    notebook = assemble(asked, submission, seed=seed, hidden=True)
+    with _Cells() as cells:
+        for cell in notebook.cells:
+            kind, number = cell.metadata.get("judge", {}).get("role"), cell.metadata.get("judge", {}).get("part")
+            if kind in ("setup", "answer") or (kind == "check" and number == part):
+                try:
+                    printed = cells.run(cell)
+                except (Exception, SystemExit) as error:
+                    if kind != "setup" and number == part:
+                        return wording.shorten(
+                            wording.of_exception(type(error).__name__, str(error), defines=target.defines)
+                        )
+                    raise
+                expected = "".join(output.text for output in cell.outputs if output.output_type == "stream")
+                difference = wording.of_difference(printed, expected) if kind == "check" else None
+                if difference is not None:
+                    return wording.shorten(difference)
+            if kind == "check" and cell.id == target.checks[-1]:
+                return None
+    raise AssertionError(f"part {part} has no check")  # pragma: no cover - load() refuses such a source
+
+
+class _Cells:
+    """A namespace that cells run in, like a kernel's: a module of its own, whose sources ``inspect`` can find."""
+
+    def __init__(self) -> None:
+        self.module = types.ModuleType("__exercise__")
+
+    def __enter__(self) -> "_Cells":
+        sys.modules[self.module.__name__] = self.module
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        del sys.modules[self.module.__name__]
+
+    def run(self, cell: NotebookNode) -> str:
+        """Run the cell and return what it printed."""
+        name = f"<{cell.id}>"
+        linecache.cache[name] = (len(cell.source), None, cell.source.splitlines(keepends=True), name)
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out), _deadline(_SECONDS):
+            exec(compile(cell.source, name, "exec", dont_inherit=True), self.module.__dict__)
+        return out.getvalue()
+
+
+@contextlib.contextmanager
+def _deadline(seconds: int) -> Iterator[None]:
+    """``TimeoutError`` in a wrong answer that never ends; where signals reach it (main thread, no Windows)."""
+    if not hasattr(signal, "SIGALRM") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"still running after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+class ExerciseTests:
+    """Inherit, name the exercise and give the wrong answers; pytest finds the rest here.
+
+    Attributes:
+        exercise: "02", "02_tokenizers".
+        wrong_answers: part -> what is wrong -> (the answer cell's whole source, words that the message must hold); at
+        least
+            three a part.
+        folder: the exercises folder; by default ``./exercises`` or the clone's own.
+    """
+
+    exercise: ClassVar[str]
+    wrong_answers: ClassVar[Mapping[str, Mapping[str, tuple[str, str]]]]
+    folder: ClassVar[Path | str | None] = None
+
+    def test_generated_notebook_is_committed(self) -> None:
+        exercise = find_exercise(self.exercise, self.folder)
+        committed = exercise.student_path.read_bytes()
+        assert committed == notebook_bytes(generate(exercise)), f"run: minillm exercises build {exercise.name[:2]}"
+
+    def test_solution_passes_with_another_seed(self) -> None:
+        exercise = find_exercise(self.exercise, self.folder)
+        notebook = assemble(exercise, solved(exercise), seed=4321, hidden=True)
+        run = judge_notebook(notebook, cell_timeout=180, timeout=600)
+        report = report_of(exercise, notebook, run, path=exercise.source, seed=4321)
+        assert report.passed, report.render()
+
+    def test_untouched_notebook_says_what_to_do(self) -> None:
+        exercise = find_exercise(self.exercise, self.folder)
+        notebook = assemble(exercise, read_submission(exercise.student_path, exercise))
+        answers = [cell for cell in notebook.cells if role(cell) == "answer"]
+        assert [cell.metadata["judge"]["status"] for cell in answers] == ["not started"] * len(exercise.parts)
+        # A student who runs the first cells by hand meets the exception that names the exercise.
+        first = exercise.parts[0]
+        with _Cells() as cells:
+            try:
+                for cell in generate(exercise).cells:
+                    if cell.cell_type == "code":
+                        cells.run(cell)
+                    if cell.id == first.checks[-1]:
+                        break
+            except NotImplementedError as error:
+                assert str(error) == f"Exercise {first.number}: {first.task}"
+            else:
+                raise AssertionError(f"the checks of {first.number} pass without an answer")
+
+    def test_each_part_has_three_wrong_answers(self) -> None:
+        parts = {part.number for part in find_exercise(self.exercise, self.folder).parts}
+        assert set(self.wrong_answers) == parts
+        few = {number: len(wrong) for number, wrong in self.wrong_answers.items() if len(wrong) < 3}
+        assert not few, f"parts with fewer than three wrong answers: {few}"
+
+    def test_wrong_answers_are_rejected_with_the_likely_mistake(self) -> None:
+        exercise = find_exercise(self.exercise, self.folder)
+        problems = []
+        for part, wrong in self.wrong_answers.items():
+            for what, (answer, words) in wrong.items():
+                message = judge(exercise, part, answer)
+                if message is None:
+                    problems.append(f"{part}, {what}: passes")
+                elif not words or words not in message:
+                    problems.append(f"{part}, {what}: the message is {message!r}, without {words!r}")
+                elif len(message) > _LONGEST_MESSAGE:
+                    problems.append(f"{part}, {what}: {len(message)} characters read as a dump: {message}")
+        assert not problems, "\n".join(problems)
