@@ -13,6 +13,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,20 +82,17 @@ def train_run(
         if not resume:
             raise FileExistsError(f"{folder} holds a run already; resume it, or name another folder")
         _require_same(folder, settings, _read_settings(folder))
-    bpe, model_config = _prepare(folder, settings)
+    else:
+        _prepare(folder, settings)
+    bpe = ByteBPETokenizer.load(folder / "tokenizer.json")
+    model_config = _model_config(settings, bpe)
+    train_data, validation = _open_data(folder, settings, model_config, bpe)
+    # Only now: what stands here is known to fit together, and an unfinished preparation is begun anew.
+    _write_settings(folder, settings)
     config = TrainingConfig.from_dict(settings["training"])
-    train_data = _open(folder, settings, model_config, bpe, "train")
-    validation = _open(folder, settings, model_config, bpe, "validation") if _validates(settings) else None
     torch.manual_seed(config.seed)
-    trainer = Trainer(
-        Transformer(model_config),
-        train_data,
-        validation,
-        config,
-        folder=folder,
-        progress=progress,
-        on_evaluate=on_evaluate,
-    )
+    model = Transformer(model_config)
+    trainer = Trainer(model, train_data, validation, config, folder=folder, progress=progress, on_evaluate=on_evaluate)
     result = trainer.train()
     return dataclasses.replace(
         result,
@@ -145,46 +143,36 @@ def _token_counts(data: TokenDataset) -> torch.Tensor:
     return counts
 
 
-def _prepare(folder: Path, settings: dict[str, Any]) -> tuple[ByteBPETokenizer, TransformerConfig]:
-    """Write what is not there yet: settings, tokenizer, shards. Each appears complete or not at all, so that a killed
-    preparation is gone on with."""
+def _prepare(folder: Path, settings: dict[str, Any]) -> None:
+    """Write the tokenizer and the shards."""
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer_file = folder / "tokenizer.json"
-    if tokenizer_file.exists():
-        bpe = ByteBPETokenizer.load(tokenizer_file)
-    else:
-        bpe = ByteBPETokenizer.train(
-            load_corpus(settings["corpus"]), special_tokens=[END_OF_TEXT], **settings["tokenizer"]
-        )
-        bpe.save(tokenizer_file)
-    _write_settings(folder, settings)
-    if not (folder / "data").exists():
-        TokenDataset.write(
-            folder / "data",
-            load_corpus(settings["corpus"]),
-            bpe,
-            validation_fraction=settings["data"]["validation_fraction"],
-            seed=settings["data"]["seed"],
-            end_of_text=bpe.special_tokens[END_OF_TEXT],
-        )
-    return bpe, _model_config(settings, bpe)
-
-
-def _open(
-    folder: Path, settings: dict[str, Any], model_config: TransformerConfig, bpe: ByteBPETokenizer, split: str
-) -> TokenDataset:
-    return TokenDataset(
+    corpus = load_corpus(settings["corpus"])
+    bpe = ByteBPETokenizer.train(corpus, special_tokens=[END_OF_TEXT], **settings["tokenizer"])
+    bpe.save(folder / "tokenizer.json")
+    TokenDataset.write(
         folder / "data",
-        split,
+        corpus,
+        bpe,
+        validation_fraction=settings["data"]["validation_fraction"],
+        seed=settings["data"]["seed"],
+        end_of_text=bpe.special_tokens[END_OF_TEXT],
+        overwrite=True,
+    )
+
+
+def _open_data(
+    folder: Path, settings: dict[str, Any], model_config: TransformerConfig, bpe: ByteBPETokenizer
+) -> tuple[TokenDataset, TokenDataset | None]:
+    open_split = partial(
+        TokenDataset,
+        folder / "data",
         context_length=model_config.context_length,
         batch_size=settings["data"]["batch_size"],
         seed=settings["data"]["seed"],
         tokenizer=bpe,
     )
-
-
-def _validates(settings: dict[str, Any]) -> bool:
-    return bool(settings["data"]["validation_fraction"] > 0)
+    validates = settings["data"]["validation_fraction"] > 0
+    return open_split("train"), open_split("validation") if validates else None
 
 
 def _model_config(settings: dict[str, Any], bpe: ByteBPETokenizer) -> TransformerConfig:
@@ -207,7 +195,7 @@ def _complete(section: str, values: dict[str, Any], defaults: dict[str, Any]) ->
 
 
 def _complete_model(values: dict[str, Any], vocab_size: int) -> dict[str, Any]:
-    """Every field of the model but the vocabulary's size: the tokenizer may come out smaller than what was asked for."""
+    """Every field of the model but the size of the vocabulary: the tokenizer may come out smaller than was asked for."""
     if "vocab_size" in values:
         raise ValueError("model settings take no vocab_size: it is the tokenizer's")
     config = TransformerConfig.from_dict({**values, "vocab_size": vocab_size}).to_dict()
