@@ -91,8 +91,10 @@ def train_run(
     _write_settings(folder, settings)
     config = TrainingConfig.from_dict(settings["training"])
     torch.manual_seed(config.seed)
-    model = Transformer(model_config)
-    trainer = Trainer(model, train_data, validation, config, folder=folder, progress=progress, on_evaluate=on_evaluate)
+    transformer = Transformer(model_config)
+    trainer = Trainer(
+        transformer, train_data, validation, config, folder=folder, progress=progress, on_evaluate=on_evaluate
+    )
     result = trainer.train()
     return dataclasses.replace(
         result,
@@ -195,7 +197,7 @@ def _complete(section: str, values: dict[str, Any], defaults: dict[str, Any]) ->
 
 
 def _complete_model(values: dict[str, Any], vocab_size: int) -> dict[str, Any]:
-    """Every field of the model but the size of the vocabulary: the tokenizer may come out smaller than was asked for."""
+    """Every field of the model but the size of the vocabulary, for the tokenizer may come out smaller than asked."""
     if "vocab_size" in values:
         raise ValueError("model settings take no vocab_size: it is the tokenizer's")
     config = TransformerConfig.from_dict({**values, "vocab_size": vocab_size}).to_dict()

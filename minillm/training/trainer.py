@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
@@ -12,7 +11,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from minillm.models.modes import evaluation_mode
 from minillm.optim import AdamW, parameter_groups, warmup_cosine
@@ -21,8 +19,9 @@ from minillm.training.config import TrainingConfig
 from minillm.training.interrupt import Interrupt, interruptible
 from minillm.training.lock import exclusive
 from minillm.training.loss import Batch, accumulate_gradients, mean_loss
-from minillm.training.metrics import MetricsLog, NonFiniteError, StepStatistics
+from minillm.training.metrics import NonFiniteError, StepStatistics
 from minillm.training.precision import autocast, check_compiler, resolve_device, resolve_precision
+from minillm.training.report import Report
 from minillm.training.result import TrainingResult, bits_per_byte
 
 
@@ -99,17 +98,16 @@ class Trainer:
             check_compiler(self.device)
             self._forward = torch.compile(model)
         self._context = partial(autocast, self.precision, self.device)
-        self._progress, self._on_log, self._on_evaluate = progress, on_log, on_evaluate
+        self._on_log, self._on_evaluate = on_log, on_evaluate
+        self._report = Report(progress=progress)
         self.step = 0
-        self._tokens, self._seconds = 0, 0.0
-        self._metrics = MetricsLog(None)
         self._checkpoint: Path | None = None
         self._started = self._in_a_step = False
 
     @property
     def history(self) -> list[dict[str, Any]]:
         """The lines of metrics so far."""
-        return self._metrics.lines
+        return self._report.lines
 
     def train(self) -> TrainingResult:
         """Train until `config.max_steps` updates are made in all, or until Ctrl-C, which ends the step, saves and
@@ -156,7 +154,8 @@ class Trainer:
             raise RuntimeError("the last run was cut off in the middle of a step: make the model and the Trainer anew")
         else:
             torch.manual_seed(self.config.seed)
-        self._metrics = MetricsLog(None if self.folder is None else self.folder / "metrics.jsonl", self.step)
+        if self.folder is not None:
+            self._report.open(self.folder / "metrics.jsonl", self.step)
         self._started, self._in_a_step = True, False
 
     def _restore(self) -> None:
@@ -166,7 +165,7 @@ class Trainer:
         if checkpoint.data is not None:
             self.train_data.load_state_dict(checkpoint.data)
         self.step, self._checkpoint = checkpoint.step, checkpoint.path
-        self._tokens, self._seconds = checkpoint.config["tokens"], checkpoint.config["seconds"]
+        self._report.tokens, self._report.seconds = checkpoint.config["tokens"], checkpoint.config["seconds"]
         now, then = self.config.to_dict(), checkpoint.config["training"]
         changes = [
             f"{name} {then[name]!r} -> {now[name]!r}" for name in _SETTINGS_OF_AN_UPDATE if then[name] != now[name]
@@ -176,28 +175,27 @@ class Trainer:
             warnings.warn(text, stacklevel=4)
 
     def _loop(self, interrupt: Interrupt) -> None:
-        config = self.config
+        config, report = self.config, self._report
         statistics = StepStatistics(self.device)
-        bar = tqdm(total=config.max_steps, initial=self.step, unit="step", disable=not self._progress, mininterval=0.5)
-        clock = time.perf_counter()
-        with bar:
+        with report.bar(self.step, config.max_steps):
             while self.step < config.max_steps and not interrupt.requested:
                 self._update(self.step + 1, statistics)
-                bar.update()
+                report.advance()
                 last = self.step == config.max_steps
                 evaluation = last or _due(self.step, config.eval_every)
                 save = last or interrupt.requested or _due(self.step, config.checkpoint_every)
                 if evaluation or save or self.step == 1 or _due(self.step, config.log_every):
-                    line = self._measure(statistics, clock)
+                    line = report.measure(self.step, statistics, learning_rate=self.optimizer.param_groups[0]["lr"])
                     if evaluation and self.validation_data is not None:
                         batches = self.validation_data.evaluation_batches(config.eval_batches)
                         loss = self._mean_loss(_until(batches, interrupt))
                         if not interrupt.requested:
                             line["validation_loss"] = loss
-                    self._report(line, bar, evaluation and not interrupt.requested)
+                    report.append(line)
+                    self._call_back(line, evaluated=evaluation and not interrupt.requested)
                     if save or interrupt.requested:
                         self._save()
-                    clock = time.perf_counter()
+                    report.restart_clock()
 
     def _update(self, step: int, statistics: StepStatistics) -> None:
         """One update of the parameters."""
@@ -223,27 +221,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.step, self._in_a_step = step, False
 
-    def _measure(self, statistics: StepStatistics, clock: float) -> dict[str, Any]:
-        loss, grad_norm, n_targets = statistics.read()
-        seconds = time.perf_counter() - clock
-        self._tokens += n_targets
-        self._seconds += seconds
-        return {
-            "step": self.step,
-            "loss": loss,
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
-            "grad_norm": grad_norm,
-            "tokens": self._tokens,
-            "tokens_per_second": n_targets / seconds,
-            "seconds": self._seconds,
-        }
-
-    def _report(self, line: dict[str, Any], bar: tqdm[Any], evaluated: bool) -> None:
-        self._metrics.append(line)
-        shown = {"loss": f"{line['loss']:.3f}", "tokens/s": f"{line['tokens_per_second']:,.0f}"}
-        if "validation_loss" in line:
-            shown["validation"] = f"{line['validation_loss']:.3f}"
-        bar.set_postfix(shown, refresh=False)
+    def _call_back(self, line: dict[str, Any], *, evaluated: bool) -> None:
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
             if self._on_log is not None:
@@ -255,8 +233,8 @@ class Trainer:
     def _save(self) -> None:
         if self.folder is None:
             return
-        self._metrics.sync()
-        config: dict[str, Any] = {"training": self.config.to_dict(), "tokens": self._tokens, "seconds": self._seconds}
+        self._report.sync()
+        config = {"training": self.config.to_dict(), "tokens": self._report.tokens, "seconds": self._report.seconds}
         self._checkpoint = save_checkpoint(
             self.folder / "checkpoints",
             step=self.step,
@@ -287,8 +265,8 @@ class Trainer:
             loss=self.history[-1]["loss"] if self.history else None,
             validation_loss=validation_loss,
             bits_per_byte=per_byte,
-            tokens=self._tokens,
-            seconds=self._seconds,
+            tokens=self._report.tokens,
+            seconds=self._report.seconds,
             checkpoint=self._checkpoint,
         )
 
