@@ -91,19 +91,19 @@ def answer_status(answer: str, unsolved: str, part: Part, known: dict[str, str])
         return _syntax_sentence(answer, error)
     refused = violation(answer, part.forbidden, known)
     if refused is not None:
-        return f"line {refused[0]} {refused[1]}"
+        return f"line {refused[0]} of your answer {refused[1]}"
     if any(
         isinstance(node, ast.Name) and node.id == "SEED" and isinstance(node.ctx, ast.Store) for node in ast.walk(tree)
     ):
-        return "sets SEED, which belongs to the checks: choose another name"
+        return "your answer sets SEED, which belongs to the checks: choose another name"
     return "written"
 
 
 def _syntax_sentence(answer: str, error: Exception) -> str:
     if not isinstance(error, SyntaxError) or error.lineno is None:
-        return f"is not Python: {error}"
+        return f"your answer is not Python: {error}"
     lines = answer.splitlines()
     line = lines[error.lineno - 1].strip() if error.lineno <= len(lines) else ""
     if line.startswith(("%", "!")) or line.endswith("?"):
-        return f"line {error.lineno} is a notebook command ({first_line(line)}): an answer is plain Python"
-    return f"line {error.lineno} is not Python ({error.msg}): {first_line(line)}"
+        return f"line {error.lineno} of your answer is a notebook command, not Python: {first_line(line)}"
+    return f"line {error.lineno} of your answer is not Python ({error.msg}): {first_line(line)}"

@@ -123,9 +123,7 @@ class JudgedCell(IPyNbCell):  # type: ignore[misc]  # nbval is not typed
             pytest.skip(f"{self.part} has failed before")
         status = self.cell.metadata["judge"].get("status", "written")
         if status != "written":
-            self.fail(
-                f"not started: {self.task()}" if status == "not started" else f"your answer {status}", abandon=True
-            )
+            self.fail(f"not started: {self.task()}" if status == "not started" else status, abandon=True)
         file.timed_out = False
         self.test_outputs: list[NotebookNode] = []
         try:

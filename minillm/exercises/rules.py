@@ -8,6 +8,7 @@ impossible: ``getattr`` with a computed string gets through, and solutions are p
 """
 
 import ast
+import builtins
 from collections.abc import Iterable, Mapping
 
 from minillm.exercises.format import parse
@@ -28,7 +29,7 @@ _ALWAYS = {
     "exit": "it ends the whole notebook: return instead",
     "quit": "it ends the whole notebook: return instead",
 }
-_BUILTINS = {"get_ipython", "__import__", "eval", "exec", "exit", "quit"}
+_BUILTINS = {*dir(builtins), "get_ipython", "exit", "quit"}  # the latter two are site's
 
 
 def aliases(source: str) -> dict[str, str]:
@@ -61,7 +62,7 @@ def violation(source: str, forbidden: Iterable[str], known: Mapping[str, str]) -
     tree = parse(source)
     rules = dict.fromkeys(forbidden, "that is what this part asks you to build") | _ALWAYS
     bound = {**known, **aliases(source)}
-    own = {n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)}
+    own = _own_names(tree)
     nodes = [node for node in ast.walk(tree) if isinstance(node, ast.stmt | ast.expr)]
     for node in sorted(nodes, key=lambda node: (node.lineno, node.col_offset)):
         if isinstance(node, ast.ImportFrom) and node.names[0].name == "*":
@@ -71,6 +72,19 @@ def violation(source: str, forbidden: Iterable[str], known: Mapping[str, str]) -
                 if _matches(used, name, from_import, own):
                     return node.lineno, f"uses {used.lstrip('.')}: {reason}"
     return None
+
+
+def _own_names(tree: ast.AST) -> set[str]:
+    """Names that the answer gives to things of its own: functions, classes, variables, arguments."""
+    own: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            own.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            own.add(node.id)
+        elif isinstance(node, ast.arg):
+            own.add(node.arg)
+    return own
 
 
 def _uses(node: ast.AST, bound: Mapping[str, str], own: set[str]) -> list[tuple[str, bool]]:

@@ -17,13 +17,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import ClassVar
 
+import pytest
 from nbformat import NotebookNode
 
 from minillm.course.notebooks import notebook_bytes
 from minillm.exercises import wording
 from minillm.exercises.assemble import answer_status, assemble, solved
-from minillm.exercises.build import generate
-from minillm.exercises.check import report_of
+from minillm.exercises.building import generate
+from minillm.exercises.checking import report_of
 from minillm.exercises.folder import find_exercise
 from minillm.exercises.format import Exercise, role, stub
 from minillm.exercises.rules import aliases
@@ -81,6 +82,11 @@ class _Cells:
 
     def __exit__(self, *_: object) -> None:
         del sys.modules[self.module.__name__]
+
+    def run_all(self, notebook: list[NotebookNode]) -> None:
+        for cell in notebook:
+            if cell.cell_type == "code":
+                self.run(cell)
 
     def run(self, cell: NotebookNode) -> str:
         """Run the cell and return what it printed."""
@@ -145,17 +151,10 @@ class ExerciseTests:
         assert [cell.metadata["judge"]["status"] for cell in answers] == ["not started"] * len(exercise.parts)
         # A student who runs the first cells by hand meets the exception that names the exercise.
         first = exercise.parts[0]
-        with _Cells() as cells:
-            try:
-                for cell in generate(exercise).cells:
-                    if cell.cell_type == "code":
-                        cells.run(cell)
-                    if cell.id == first.checks[-1]:
-                        break
-            except NotImplementedError as error:
-                assert str(error) == f"Exercise {first.number}: {first.task}"
-            else:
-                raise AssertionError(f"the checks of {first.number} pass without an answer")
+        until = [cell.id for cell in exercise.notebook.cells].index(first.checks[-1]) + 1
+        with _Cells() as cells, pytest.raises(NotImplementedError) as raised:
+            cells.run_all(generate(exercise).cells[:until])
+        assert str(raised.value) == f"Exercise {first.number}: {first.task}"
 
     def test_each_part_has_three_wrong_answers(self) -> None:
         parts = {part.number for part in find_exercise(self.exercise, self.folder).parts}

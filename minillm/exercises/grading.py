@@ -15,7 +15,7 @@ from pathlib import Path
 
 from minillm.course.notebooks import write_atomically
 from minillm.exercises.assemble import assemble
-from minillm.exercises.check import Report, report_of
+from minillm.exercises.checking import Report, report_of
 from minillm.exercises.folder import find_exercise, find_folder, load, sources
 from minillm.exercises.format import Exercise
 from minillm.exercises.run import judge_notebook
