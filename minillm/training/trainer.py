@@ -100,6 +100,7 @@ class Trainer:
         self._context = partial(autocast, self.precision, self.device)
         self._on_log, self._on_evaluate = on_log, on_evaluate
         self._report = Report(progress=progress)
+        self._statistics = StepStatistics(self.device)
         self.step = 0
         self._checkpoint: Path | None = None
         self._started = self._in_a_step = False
@@ -133,6 +134,30 @@ class Trainer:
                 for module, training in modes:
                     module.training = training
         return self._result()
+
+    def update(self) -> None:
+        """One update of the parameters: what `train` does `config.max_steps` times. No metrics, nothing written."""
+        config, step = self.config, self.step + 1
+        self._in_a_step = True
+        rate = warmup_cosine(
+            step,
+            warmup_steps=config.warmup,
+            total_steps=config.max_steps,
+            peak=config.learning_rate,
+            minimum=config.final_learning_rate,
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        batches = [self.train_data.next_batch() for _ in range(config.gradient_accumulation_steps)]
+        loss, n_targets = accumulate_gradients(self._forward, batches, self.device, self._context)
+        grad_norm = nn.utils.clip_grad_norm_(self._parameters, config.grad_clip or float("inf"))
+        self._statistics.add(step, loss, grad_norm, n_targets)
+        if self.device.type == "cpu":
+            # Costs nothing here, and the parameters stay as they were; a GPU is asked with the next line of metrics.
+            self._statistics.check()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step, self._in_a_step = step, False
 
     def evaluate(self) -> float:
         """The mean loss over the validation data (`config.eval_batches` of them), in nats per token.
@@ -176,16 +201,16 @@ class Trainer:
 
     def _loop(self, interrupt: Interrupt) -> None:
         config, report = self.config, self._report
-        statistics = StepStatistics(self.device)
         with report.bar(self.step, config.max_steps):
             while self.step < config.max_steps and not interrupt.requested:
-                self._update(self.step + 1, statistics)
+                self.update()
                 report.advance()
                 last = self.step == config.max_steps
                 evaluation = last or _due(self.step, config.eval_every)
                 save = last or interrupt.requested or _due(self.step, config.checkpoint_every)
                 if evaluation or save or self.step == 1 or _due(self.step, config.log_every):
-                    line = report.measure(self.step, statistics, learning_rate=self.optimizer.param_groups[0]["lr"])
+                    rate = self.optimizer.param_groups[0]["lr"]
+                    line = report.measure(self.step, self._statistics, learning_rate=rate)
                     if evaluation and self.validation_data is not None:
                         batches = self.validation_data.evaluation_batches(config.eval_batches)
                         loss = self._mean_loss(_until(batches, interrupt))
@@ -196,30 +221,6 @@ class Trainer:
                     if save or interrupt.requested:
                         self._save()
                     report.restart_clock()
-
-    def _update(self, step: int, statistics: StepStatistics) -> None:
-        """One update of the parameters."""
-        config = self.config
-        self._in_a_step = True
-        rate = warmup_cosine(
-            step,
-            warmup_steps=config.warmup,
-            total_steps=config.max_steps,
-            peak=config.learning_rate,
-            minimum=config.final_learning_rate,
-        )
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        batches = [self.train_data.next_batch() for _ in range(config.gradient_accumulation_steps)]
-        loss, n_targets = accumulate_gradients(self._forward, batches, self.device, self._context)
-        grad_norm = nn.utils.clip_grad_norm_(self._parameters, config.grad_clip or float("inf"))
-        statistics.add(step, loss, grad_norm, n_targets)
-        if self.device.type == "cpu":
-            # Costs nothing here, and the parameters stay as they were; a GPU is asked with the next line of metrics.
-            statistics.check()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.step, self._in_a_step = step, False
 
     def _call_back(self, line: dict[str, Any], *, evaluated: bool) -> None:
         devices = [self.device] if self.device.type == "cuda" else []
