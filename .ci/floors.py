@@ -15,10 +15,15 @@ def floors(pyproject: str, constraints: str) -> list[str]:
     """One `name==floor` line for each requirement of the project and of its extras; torch's line is `constraints`'."""
     project = tomllib.loads(pyproject)["project"]
     lines = []
-    for requirement in project["dependencies"] + sum(project["optional-dependencies"].values(), []):
+    for requirement in [
+        *project["dependencies"],
+        *(line for extra in project["optional-dependencies"].values() for line in extra),
+    ]:
         match = REQUIREMENT.fullmatch(requirement)
         if match is None:
-            raise ValueError(f"pyproject.toml: {requirement!r} is not of the form name>=version; its floor is not known")
+            raise ValueError(
+                f"pyproject.toml: {requirement!r} is not of the form name>=version; its floor is not known"
+            )
         if match["name"] == "torch":
             lines += [line for line in constraints.splitlines() if line.startswith("torch==")]
         elif match["marker"] is None:

@@ -10,8 +10,8 @@ from minillm.course.notebooks import execute, read_notebook
 def check_notebooks(paths: Sequence[Path], *, timeout: int = 600, report: Callable[[str], object] = print) -> bool:
     """Run each notebook in a fresh kernel, in its own folder, and report one line a notebook; nothing is written.
 
-    A line holds the wall time in seconds (the kernel's start included) and the number of code cells, or in one line what
-    went wrong. ``timeout`` is in seconds a cell. True when every notebook ran to its end.
+    A line holds the wall time in seconds (the kernel's start included) and the number of code cells, or in one line
+    what went wrong. ``timeout`` is in seconds a cell. True when every notebook ran to its end.
     """
     # Imported here because nbclient takes half a second, and `minillm.course` is imported for its small parts too.
     from nbclient.exceptions import CellControlSignal, DeadKernelError
