@@ -237,6 +237,8 @@ class MultiHeadAttention(nn.Module):
         head_dim: None is d_model / n_heads.
         bias: whether the two linear maps have one.
         dropout: probability of zeroing an attention weight in training.
+
+    Attributes: ``qkv_sizes``, the rows of ``qkv`` that are queries, keys and values.
     """
 
     def __init__(
@@ -260,14 +262,10 @@ class MultiHeadAttention(nn.Module):
         self.n_heads, self.n_kv_heads = n_heads, n_kv_heads
         self.head_dim = d_model // n_heads if head_dim is None else head_dim
         self.dropout = dropout
+        kv_size = n_kv_heads * self.head_dim
+        self.qkv_sizes = (n_heads * self.head_dim, kv_size, kv_size)
         self.qkv = nn.Linear(d_model, sum(self.qkv_sizes), bias=bias)
         self.output = nn.Linear(n_heads * self.head_dim, d_model, bias=bias)
-
-    @property
-    def qkv_sizes(self) -> tuple[int, int, int]:
-        """Output rows of ``qkv`` that are queries, keys and values."""
-        kv = self.n_kv_heads * self.head_dim
-        return self.n_heads * self.head_dim, kv, kv
 
     @overload
     def forward(
@@ -317,14 +315,14 @@ class MultiHeadAttention(nn.Module):
         """
         batch, seq, _ = x.shape
         n_heads, n_kv_heads, head_dim = self.n_heads, self.n_kv_heads, self.head_dim
-        projected = self.qkv(x).view(batch, seq, n_heads + 2 * n_kv_heads, head_dim)
-        if rotation is None:
-            query, key, value = torch.split(projected.transpose(1, 2), (n_heads, n_kv_heads, n_kv_heads), dim=1)
-        else:
-            cos, sin = (angle.unsqueeze(-2) for angle in rotation)  # the same for every head
-            turning, value = torch.split(projected, (n_heads + n_kv_heads, n_kv_heads), dim=2)
-            query, key = torch.split(rotate(turning, cos, sin).transpose(1, 2), (n_heads, n_kv_heads), dim=1)
-            value = value.transpose(1, 2)
+        # Cut before the heads are moved in front of seq: the gradient of qkv then comes together in one copy.
+        query, key, value = self.qkv(x).split(self.qkv_sizes, dim=-1)
+        query = query.view(batch, seq, n_heads, head_dim).transpose(1, 2)
+        key = key.view(batch, seq, n_kv_heads, head_dim).transpose(1, 2)
+        value = value.view(batch, seq, n_kv_heads, head_dim).transpose(1, 2)
+        if rotation is not None:
+            cos, sin = (angle.unsqueeze(-3) for angle in rotation)  # the same for every head
+            query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         if cache is not None:
             key, value = cache.append(key, value)
         dropout = self.dropout if self.training else 0.0

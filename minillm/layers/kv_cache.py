@@ -19,7 +19,7 @@ class LayerKVCache:
         self.length = 0
 
     def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store ``key`` and ``value`` (batch, n_kv_heads, seq, head_dim) behind what is there; return views of all of it.
+        """Store ``key`` and ``value`` (batch, n_kv_heads, seq, head_dim) behind what is there; return views of it all.
 
         The values are cast to the cache's dtype. Raises ValueError if the shapes do not fit or the capacity is
         exceeded.
