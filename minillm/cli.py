@@ -1,0 +1,249 @@
+"""The command line: `minillm ...`, or `python -m minillm ...`. Thin: each command calls one function of the package.
+
+What a command needs is imported inside it, so that `minillm --help` does not wait for torch.
+"""
+
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import click
+
+from minillm import __version__
+
+
+class _Group(click.Group):
+    """A mistake of the user's ends in one sentence and exit status 1 (2 for a bad option), not in a traceback."""
+
+    def invoke(self, context: click.Context) -> Any:
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: click.echo(f"Warning: {message}", err=True)
+            try:
+                return super().invoke(context)
+            except (click.exceptions.Exit, click.Abort):  # both are RuntimeErrors
+                raise
+            except (ValueError, TypeError, OSError, RuntimeError) as error:
+                if context.params["traceback"]:
+                    raise
+                raise click.ClickException(str(error)) from error
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, message="minillm %(version)s")
+@click.option("--traceback", is_flag=True, help="On an error, show where in the code it was raised.")
+def main(traceback: bool) -> None:
+    """Train small language models, write with them, and check the course's exercises.
+
+    \b
+    Example:
+      $ minillm train --preset tiny --out runs/first
+      $ minillm sample runs/first
+    """
+
+
+@main.command()
+@click.option("--preset", default="tiny", show_default=True, help="A preset by name, or the path of a TOML file.")
+@click.option("--corpus", help="A corpus by name, or a text file or folder.  [default: the preset's]")
+@click.option("--out", type=click.Path(path_type=Path), help="The run folder.  [default: runs/<preset>]")
+@click.option("--steps", type=int, help="Updates in all; --set training.max_steps=N for short.")
+@click.option("--device", help="auto, cpu, cuda, cuda:1, mps; --set training.device=... for short.")
+@click.option("--seed", type=int, help="Of the model, the split and the order of the batches.")
+@click.option("--set", "assignments", multiple=True, metavar="SECTION.KEY=VALUE", help="Change a setting; repeatable.")
+@click.option("--figures", is_flag=True, help="Save loss_curve.png and attention.png in the run folder.")
+def train(
+    preset: str, corpus: str | None, out: Path | None, steps: int | None, device: str | None, seed: int | None,
+    assignments: tuple[str, ...], figures: bool,
+) -> None:  # fmt: skip
+    """Train a model on a corpus. A run that its folder already holds is taken up where it stopped.
+
+    \b
+    Example:
+      $ minillm train --corpus synthetic --out runs/grammar
+      $ minillm train --steps 30 --set model.n_layers=1 --set training.learning_rate=2e-3 --out runs/short
+    """
+    from minillm import presets
+    from minillm.report import save_figures, summary, write
+    from minillm.training.run import load_run, train_run
+
+    flags = {"data.corpus": corpus, "training.max_steps": steps, "training.device": device}
+    flags |= {"training.seed": seed, "data.seed": seed}
+    try:
+        changes = dict(presets.parse_assignment(assignment) for assignment in assignments)
+        changes |= {name: value for name, value in flags.items() if value is not None}
+        settings = presets.override(presets.load_preset(preset), changes)
+    except (ValueError, TypeError, OSError) as error:
+        raise click.UsageError(str(error)) from error
+    folder = out or Path("runs", Path(preset).stem)
+    corpus = settings["data"].pop("corpus", "python-docs")
+    click.echo(f"{preset} on {corpus}, in {folder}")
+    result = train_run(
+        folder, corpus=corpus, data=settings["data"], tokenizer=settings["tokenizer"], model=settings["model"],
+        training=settings["training"],
+    )  # fmt: skip
+    click.echo(summary(result))
+    model, tokenizer = load_run(folder, device="cpu")
+    if figures:
+        for path in save_figures(folder, result, model, tokenizer):
+            click.echo(f"saved {path}")
+    if result.interrupted:
+        click.echo(f"Interrupted at step {result.step}; the same command goes on from {result.checkpoint}")
+        raise SystemExit(130)
+    click.echo(f'\nA sample (more: minillm sample {folder} --prompt "..."):\n')
+    for piece in write(model, tokenizer, "The", max_new_tokens=120, temperature=0.7, seed=0):
+        click.echo(piece, nl=False)
+    click.echo()
+
+
+@main.command()
+@click.argument("run", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--prompt", default="The", show_default=True, help="What the text begins with.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=200, show_default=True)
+@click.option("--temperature", type=click.FloatRange(min=0), default=0.8, show_default=True, help="0 is greedy.")
+@click.option("--top-k", type=click.IntRange(min=1), help="Draw from the k likeliest tokens.")
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Draw from the likeliest that reach p.")
+@click.option("--seed", type=int, help="The same seed gives the same text.")
+@click.option("--device", default="auto", show_default=True)
+def sample(run: Path, prompt: str, device: str, **options: Any) -> None:
+    """Write with the model of a RUN folder, token by token, until it ends the text.
+
+    \b
+    Example:  $ minillm sample runs/first --prompt "A class is" --temperature 0.5 --seed 1
+    """
+    from minillm.report import write
+    from minillm.training.run import load_run
+
+    for piece in write(*load_run(run, device), prompt, **options):
+        click.echo(piece, nl=False)
+    click.echo()
+
+
+@main.group()
+def tokenizer() -> None:
+    """Train a byte-level BPE tokenizer, and see how it cuts a text.
+
+    \b
+    Example:  $ minillm tokenizer train python-docs --vocab-size 1000 --out tokenizer.json
+    """
+
+
+@tokenizer.command("train")
+@click.argument("corpus")
+@click.option("--vocab-size", type=int, default=8192, show_default=True)
+@click.option("--pattern", default="gpt2", show_default=True, help="How text is cut first: gpt2 or gpt4.")
+@click.option(
+    "--special",
+    "special_tokens",
+    multiple=True,
+    metavar="TOKEN",
+    help="A special token, such as '<|endoftext|>'; repeatable.",
+)
+@click.option("--out", type=click.Path(path_type=Path), default=Path("tokenizer.json"), show_default=True)
+@click.option("--force", is_flag=True, help="Overwrite the file if it is there.")
+def tokenizer_train(corpus: str, vocab_size: int, out: Path, force: bool, **options: Any) -> None:
+    """Learn the merges of CORPUS (a name, a text file or a folder) and save a tokenizer.json.
+
+    \b
+    Example:  $ minillm tokenizer train python-docs --vocab-size 1000 --out tokenizer.json --force
+    """
+    from minillm.data import load_corpus
+    from minillm.tokenizers import ByteBPETokenizer
+
+    if out.exists() and not force:
+        raise click.UsageError(f"{out} exists: choose another --out, or give --force to overwrite it")
+    trained = ByteBPETokenizer.train(load_corpus(corpus), vocab_size, **options)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    trained.save(out)
+    click.echo(f"{out}: {trained.vocab_size} tokens, {len(trained.merges)} of them merges")
+
+
+@tokenizer.command("encode")
+@click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.argument("text")
+def tokenizer_encode(file: Path, text: str) -> None:
+    """Show the token ids of TEXT ("-" reads the standard input) and the pieces that they stand for.
+
+    \b
+    Example:  $ minillm tokenizer encode tokenizer.json "the tokens of a text"
+    """
+    from minillm.tokenizers import ByteBPETokenizer
+
+    trained = ByteBPETokenizer.load(file)
+    ids = trained.encode(sys.stdin.read() if text == "-" else text)
+    click.echo(" ".join(map(str, ids)))
+    click.echo("|".join(trained.token_bytes(token).decode("utf-8", "backslashreplace") for token in ids))
+
+
+@main.group()
+def exercises() -> None:
+    """Check your answers, ask for hints, grade a class.
+
+    \b
+    Example:  $ minillm exercises check 02
+    """
+
+
+@exercises.command("build")
+@click.argument("name", required=False)
+@click.option("--execute", is_flag=True, help="Run the solved notebook first and save its outputs.")
+@click.option("--force", is_flag=True, help="Overwrite a notebook that somebody has worked in; a copy is kept.")
+def exercises_build(name: str | None, execute: bool, force: bool) -> None:
+    """Write the student's notebook of exercise NAME, or of all exercises, from the solved ones.
+
+    \b
+    Example:  $ minillm exercises build 02
+    """
+    from minillm.exercises import build
+
+    for path in build(name, execute=execute, force=force):
+        click.echo(f"wrote {path}")
+
+
+@exercises.command("check")
+@click.argument("exercise")
+@click.option("--seed", type=int, help="Of the random inputs.  [default: another each time]")
+@click.option("--timeout", type=float, default=60, show_default=True, help="Seconds a cell.")
+def exercises_check(exercise: str, seed: int | None, timeout: float) -> None:
+    """Say how far your notebook of EXERCISE ("02", a name or a path) has come, part by part.
+
+    \b
+    Example:  $ minillm exercises check 02
+    """
+    from minillm.exercises import check
+
+    report = check(exercise, seed=seed, timeout=timeout)
+    click.echo(report.render())
+    raise SystemExit(0 if report.passed else 1)
+
+
+@exercises.command("hint")
+@click.argument("part")
+@click.option("--level", type=int, help="How many hints to show.  [default: 1]")
+def exercises_hint(part: str, level: int | None) -> None:
+    """Show a hint for a PART of an exercise, such as 2.1.
+
+    \b
+    Example:  $ minillm exercises hint 2.1 --level 2
+    """
+    from minillm.exercises import hint
+
+    click.echo(hint(part, level))
+
+
+@exercises.command("grade")
+@click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--exercise", help="Which exercise they answer.  [default: told from each notebook]")
+@click.option("--output", type=click.Path(path_type=Path), default=Path("grades.csv"), show_default=True)
+@click.option("--timeout", type=float, default=120, show_default=True, help="Seconds a submission.")
+@click.option("--memory-mb", type=int, default=4096, show_default=True, help="Memory of a submission (Linux).")
+@click.option("--jobs", type=int, default=1, show_default=True, help="Submissions at the same time.")
+def exercises_grade(folder: Path, exercise: str | None, output: Path, **limits: Any) -> None:
+    """Grade every notebook below FOLDER, hidden checks included, into a CSV file.
+
+    \b
+    Example:  $ minillm exercises grade submissions --exercise 02 --output grades.csv
+    """
+    from minillm.exercises import grade
+
+    grades = grade(folder, exercise=exercise, output=output, **limits)
+    click.echo(f"graded {len(grades.rows)} submissions into {grades.path}")
