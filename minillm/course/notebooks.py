@@ -6,6 +6,7 @@ things would: how a kernel's prints are cut into stream messages (joined here), 
 in ``metadata.execution`` and the interpreter's patch version in ``metadata.language_info`` (both dropped here).
 """
 
+import json
 import os
 import subprocess
 import tempfile
@@ -30,11 +31,25 @@ def read_notebook(path: Path | str) -> NotebookNode:
     """Read a version 4 notebook; ``ValueError`` names the file and what is wrong with it."""
     path = Path(path)
     try:
-        return node(nbformat.reads(path.read_text(encoding="utf-8"), as_version=4))  # type: ignore[no-untyped-call]
+        content = json.loads(path.read_text(encoding="utf-8"))
+        # Before nbformat sees it: where ids are missing or doubled, nbformat warns and draws new ones at random.
+        for place, cell in enumerate(content["cells"]):
+            cell.setdefault("id", f"cell-{place:03d}")
+        _refuse_doubled_ids(content["cells"])
+        content["nbformat_minor"] = max(5, content["nbformat_minor"])
+        return node(nbformat.reads(json.dumps(content), as_version=4))  # type: ignore[no-untyped-call]
     except FileNotFoundError:
         raise ValueError(f"there is no notebook {path}") from None
-    except (UnicodeDecodeError, nbformat.reader.NotJSONError, nbformat.ValidationError) as error:
-        raise ValueError(f"{path} is not a Jupyter notebook: {str(error).splitlines()[0][:200]}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, nbformat.ValidationError) as error:
+        said = str(error).splitlines()[0][:200]
+        raise ValueError(f"{path} is not a Jupyter notebook of format 4: {type(error).__name__}, {said}") from None
+
+
+def _refuse_doubled_ids(cells: list[dict[str, Any]]) -> None:
+    ids = [cell["id"] for cell in cells]
+    doubled = sorted({name for name in ids if ids.count(name) > 1})
+    if doubled:
+        raise ValueError(f"cells share an id, and ids must differ: {', '.join(doubled)}")
 
 
 def normalise(notebook: NotebookNode) -> NotebookNode:
@@ -48,16 +63,13 @@ def normalise(notebook: NotebookNode) -> NotebookNode:
     notebook.metadata.pop("widgets", None)  # saved widget state without its model shows as "Invalid" on GitHub
     notebook.metadata["kernelspec"] = node(KERNELSPEC)
     notebook.nbformat, notebook.nbformat_minor = 4, 5
-    seen: set[str] = set()
     for place, cell in enumerate(notebook.cells):
         cell.setdefault("id", f"cell-{place:03d}")
-        if cell.id in seen:
-            raise ValueError(f"two cells have the id {cell.id!r}: ids must differ")
-        seen.add(cell.id)
         for key in ("execution", "collapsed", "scrolled", "ExecuteTime"):
             cell.metadata.pop(key, None)
         if cell.cell_type == "code":
             cell.outputs = _join_streams(cell.outputs)
+    _refuse_doubled_ids(notebook.cells)
     return notebook
 
 

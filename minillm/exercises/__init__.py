@@ -1,7 +1,7 @@
 """The exercise machine: one solved source a chapter, a student's notebook generated from it, and nbval as the judge.
 
 ``check_that`` and ``Mistake`` are for check cells; ``build``, ``check``, ``hint`` and ``grade`` stand behind
-``minillm exercises ...``; :mod:`minillm.exercises.authoring` and :mod:`minillm.exercises.testing` are for chapters' authors.
+``minillm exercises ...``; :mod:`minillm.exercises.authoring` and :mod:`minillm.exercises.testing` are for authors.
 """
 
 import importlib

@@ -15,6 +15,7 @@ from minillm.course.notebooks import execute as run_notebook
 from minillm.course.notebooks import node, notebook_bytes, read_notebook, write_atomically, write_notebook
 from minillm.exercises.folder import find_folder, find_source, load, sources
 from minillm.exercises.format import HIDDEN, Exercise, fingerprint, replace_regions, role, stub
+from minillm.exercises.submission import read_cells
 
 
 def generate(exercise: Exercise) -> NotebookNode:
@@ -79,16 +80,16 @@ def build(
 def students_work(path: Path) -> list[str]:
     """What of a generated notebook its student has written: edited answers, added cells. Unreadable counts as work."""
     try:
-        cells = read_notebook(path).cells
+        cells = read_cells(path)
     except ValueError:
         return ["a file that cannot be read as a notebook"]
     work = []
     for cell in cells:
-        told = cell.metadata.get("minillm", {})
+        told = cell["metadata"].get("minillm", {})
         if "stub" in told:
-            if told["stub"] != fingerprint(cell.source):
+            if told["stub"] != fingerprint(cell["source"]):
                 work.append(f"an answer to {told.get('part')}")
-        elif cell.cell_type == "code" and "nbgrader" not in cell.metadata and cell.source.strip():
+        elif cell.get("cell_type") == "code" and "nbgrader" not in cell["metadata"] and cell["source"].strip():
             work.append("an added cell")
     return work
 

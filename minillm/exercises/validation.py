@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Iterable
 
 from nbformat import NotebookNode
 
@@ -24,10 +23,10 @@ def problems_of(notebook: NotebookNode, chapter: int) -> tuple[list[Part], list[
     if not isinstance(notebook.metadata.get("minillm", {}).get("title"), str):
         problems.append('the notebook\'s metadata.minillm has no "title"')
     cells = notebook.cells
-    problems += _doubled("cell id", [cell.get("id") for cell in cells])
-    problems += _doubled(
-        "grade_id", [c.metadata["nbgrader"].get("grade_id") for c in cells if "nbgrader" in c.metadata]
-    )
+    names = [cell.metadata["nbgrader"].get("grade_id") for cell in cells if "nbgrader" in cell.metadata]
+    problems += [
+        f"grade_id {name!r} is used twice" for name in sorted({n for n in names if names.count(n) > 1}, key=str)
+    ]
     for cell in cells:
         problems += [f"cell {cell.get('id')!r}: {problem}" for problem in _problems_of_cell(cell)]
     seeds = sum(len(SEED_LINE.findall(cell.source)) for cell in cells if role(cell) == "setup")
@@ -35,22 +34,13 @@ def problems_of(notebook: NotebookNode, chapter: int) -> tuple[list[Part], list[
         problems.append(
             f"exactly one setup cell must hold the line 'SEED = 0' (found {seeds}), and no answer or check may"
         )
+    unrun = [str(cell.get("id")) for cell in cells if cell.cell_type == "code" and cell.get("execution_count") is None]
+    if unrun:
+        problems.append(f"not executed, run `minillm exercises build --execute`: {', '.join(unrun)}")
     if problems:
         return [], problems
     parts, more = _parts(cells, chapter)
     return parts, problems + more
-
-
-def _doubled(what: str, names: Iterable[str | None]) -> list[str]:
-    seen: list[str | None] = []
-    problems = []
-    for name in names:
-        if not name:
-            problems.append(f"a cell has no {what}")
-        elif name in seen:
-            problems.append(f"{what} {name!r} is used twice")
-        seen.append(name)
-    return problems
 
 
 def _problems_of_cell(cell: NotebookNode) -> list[str]:
@@ -78,8 +68,6 @@ def _problems_of_cell(cell: NotebookNode) -> list[str]:
         if kind == "answer" == where and not marked:
             problems.append(f"the answer has no {SOLUTION[0]} ... {SOLUTION[1]}")
     problems += _metadata_problems(cell.metadata.get("minillm", {}), kind)
-    if cell.get("execution_count") is None:
-        problems.append("was not executed: run `minillm exercises build --execute`")
     if any(output.output_type == "error" for output in cell.outputs):
         problems.append("its saved output is an error: the solution does not pass")
     elif kind == "check" and any(o.output_type != "stream" or o.name != "stdout" for o in cell.outputs):
