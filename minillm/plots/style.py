@@ -44,7 +44,7 @@ _STYLE: Any = {
 }
 
 # Marks for what cannot be seen. The space is the one that matters: most of GPT's tokens begin with it.
-_MARKS = {" ": "·", "\n": "↵", "\t": "→", "\r": "␍"}
+_MARKS = {" ": "·", "\n": "↵", "\t": "→", "\r": "←"}
 
 
 class Picture(Figure):

@@ -58,7 +58,7 @@ def test_needs_neither_a_display_nor_pyplot_nor_torch() -> None:
 
 
 def test_makes_blanks_visible() -> None:
-    assert visible(" the\n\tend\r") == "·the↵→end␍"
+    assert visible(" the\n\tend\r") == "·the↵→end←"
     assert visible("é ✓") == "é·✓"
     assert visible("\x00\u4e2d\u00a0\U0001f996") == "\\u0000\\u4e2d\\u00a0\\u1f996"
 
