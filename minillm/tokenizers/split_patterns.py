@@ -16,7 +16,6 @@ from dataclasses import dataclass
 
 import regex
 
-BLOCK_LENGTH = 4096
 # Between a printable ASCII character and a space both patterns always cut: no alternative takes a space after
 # something that is not white space. What follows such a place is therefore split as if the text began there.
 _SAFE_CUT = re.compile(r"[!-~](?= )")
@@ -38,19 +37,20 @@ class SplitPattern:
     split_unicode: Callable[[str], list[str]]
     split_ascii: Callable[[str], list[str]]
 
-    def split(self, text: str) -> Iterator[list[str]]:
-        """Yield the pieces of `text` in order, a block's worth at a time; all of them joined are `text`."""
-        for block in _blocks(text):
+    def split(self, text: str, block_length: int = 4096) -> Iterator[list[str]]:
+        """Yield the pieces of `text` in order, those of a block at a time; all of them joined are `text`.
+
+        Args:
+            text: Any text.
+            block_length: Cut at the first safe place after so many characters; a text without one is one block.
+        """
+        for block in _blocks(text, block_length):
             yield self.split_ascii(block) if block.isascii() else self.split_unicode(block)
 
 
-def _blocks(text: str) -> Iterator[str]:
-    """Cut `text` at safe places, each at least BLOCK_LENGTH characters after the one before where such places exist."""
+def _blocks(text: str, length: int) -> Iterator[str]:
     start = 0
-    while len(text) - start > BLOCK_LENGTH:
-        cut = _SAFE_CUT.search(text, start + BLOCK_LENGTH)
-        if cut is None:
-            break
+    while cut := _SAFE_CUT.search(text, start + length):
         yield text[start : cut.end()]
         start = cut.end()
     yield text[start:]

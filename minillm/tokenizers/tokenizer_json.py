@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from minillm.tokenizers.split_patterns import SPLIT_PATTERNS, SplitPattern
+from minillm.tokenizers.split_patterns import SPLIT_PATTERNS
 
 _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _MOVED = [byte for byte in range(256) if byte not in _PRINTABLE]
 _SPELLING = {byte: chr(byte) for byte in _PRINTABLE} | {byte: chr(0x100 + n) for n, byte in enumerate(_MOVED)}
-_BYTE = {ord(character): byte for byte, character in _SPELLING.items()}
+_BYTE = {character: byte for byte, character in _SPELLING.items()}
 # The single bytes in the order of their spelling: the order of their ids in GPT-2 and in every trained tokenizer.
 BYTE_ALPHABET = [bytes([byte]) for byte in [*_PRINTABLE, *_MOVED]]
 
@@ -37,35 +37,34 @@ def spell(token: bytes) -> str:
     return token.decode("latin-1").translate(_SPELLING)
 
 
-def unspell(text: str) -> bytes:
-    """The inverse of `spell`; ValueError for a character that stands for no byte."""
+def unspell(text: str) -> bytes | None:
+    """The token that `text` spells; None if a character of it stands for no byte."""
     try:
-        return bytes([_BYTE[ord(character)] for character in text])
-    except KeyError as error:
-        raise ValueError(f"token {text!r}: {chr(error.args[0])!r} is not in the byte-level alphabet") from None
+        return bytes([_BYTE[character] for character in text])
+    except KeyError:
+        return None
 
 
-def save(
-    path: Path,
-    vocabulary: Mapping[bytes, int],
-    merges: Sequence[tuple[bytes, bytes]],
-    pattern: SplitPattern,
-    special_tokens: Mapping[str, int],
-) -> None:
-    """Write a tokenizer.json: to a temporary file beside `path`, flushed to disk, then renamed over it."""
-    spelled = {spell(token): i for token, i in vocabulary.items() if i not in special_tokens.values()}
+def spells_itself(text: str) -> bool:
+    """Whether `text` is the spelling of its own UTF-8 bytes, as printable ASCII without spaces is."""
+    return unspell(text) == text.encode()
+
+
+def save(parts: Parts, path: Path) -> None:
+    """Write a tokenizer.json: to a temporary file beside `path`, flushed to disk, then renamed."""
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    if pattern.name == "gpt2":
-        pre_tokenizer: dict[str, Any] = byte_level
-    else:
-        split = {"type": "Split", "pattern": {"Regex": pattern.published}, "behavior": "Isolated", "invert": False}
+    pre_tokenizer: dict[str, Any] = byte_level
+    if parts.pattern != "gpt2":
+        regex = {"Regex": SPLIT_PATTERNS[parts.pattern].published}
+        split = {"type": "Split", "pattern": regex, "behavior": "Isolated", "invert": False}
         pre_tokenizer = {"type": "Sequence", "pretokenizers": [split, byte_level | {"use_regex": False}]}
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    vocabulary = {spell(token): i for token, i in parts.vocabulary.items()} | parts.special_tokens
     content = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [{"id": i, "content": text} | flags for text, i in special_tokens.items()],
+        "added_tokens": [{"id": i, "content": text} | flags for text, i in parts.special_tokens.items()],
         "normalizer": None,
         "pre_tokenizer": pre_tokenizer,
         "post_processor": None,
@@ -79,102 +78,118 @@ def save(
             "fuse_unk": False,
             "byte_fallback": False,
             "ignore_merges": False,
-            "vocab": dict(sorted((spelled | dict(special_tokens)).items(), key=lambda item: item[1])),
-            "merges": [[spell(left), spell(right)] for left, right in merges],
+            "vocab": dict(sorted(vocabulary.items(), key=lambda item: item[1])),
+            "merges": [[spell(left), spell(right)] for left, right in parts.merges],
         },
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, prefix=path.name, delete=False) as file:
-        try:
-            json.dump(content, file, ensure_ascii=False, indent=1)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with temporary.open("x", encoding="utf-8") as file:
+            json.dump(content, file, ensure_ascii=False, indent=2)
             file.flush()
             os.fsync(file.fileno())
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load(path: Path) -> Parts:
     """Read a tokenizer.json; ValueError names what in it is not byte-level BPE with a known split pattern."""
     content = _read_object(path)
-    model = content.get("model")
-    if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict):
-        raise ValueError(f"{path}: not a byte-level BPE tokenizer.json: it has no model.vocab object")
-    if model.get("type", "BPE") != "BPE":
-        raise ValueError(f"{path}: model.type must be 'BPE', got {model['type']!r}")
-    for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges"):
-        if model.get(name):
-            raise ValueError(f"{path}: model.{name} must be null, false or empty, got {model[name]!r}")
-    for name in ("normalizer", "truncation", "padding"):
-        if content.get(name) is not None:
-            raise ValueError(f"{path}: {name} must be null, got {_kind(content[name])}")
-    for name, allowed in (("post_processor", (None, "ByteLevel")), ("decoder", ("ByteLevel",))):
-        if _kind(content.get(name)) not in allowed:
-            raise ValueError(f"{path}: {name} must be {' or '.join(map(str, allowed))}, got {_kind(content.get(name))}")
-    special_tokens: dict[str, int] = {}
-    for token in content.get("added_tokens") or []:
-        for flag in ("single_word", "lstrip", "rstrip"):
-            if token.get(flag):
-                raise ValueError(f"{path}: added token {token.get('content')!r} must not have {flag}")
-        special_tokens[token["content"]] = token["id"]
     try:
+        model = content.get("model")
+        if not isinstance(model, dict) or model.get("type", "BPE") != "BPE":
+            raise ValueError(f"model must be of type BPE, got {_kind(model)}")
+        if not isinstance(model.get("vocab"), dict) or not isinstance(model.get("merges"), list):
+            raise ValueError("model must have an object 'vocab' and a list 'merges'")
+        for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges"):
+            if model.get(name):
+                raise ValueError(f"model.{name} must be null, false or empty, got {model[name]!r}")
+        for name in ("normalizer", "truncation", "padding"):
+            if content.get(name) is not None:
+                raise ValueError(f"{name} must be null, got {content[name]!r}")
+        for name in ("post_processor", "decoder"):
+            if content.get(name) is not None and _kind(content[name]) != "ByteLevel":
+                raise ValueError(f"{name} must be null or ByteLevel, got {_kind(content[name])}")
+        special_tokens = _special_tokens(content.get("added_tokens") or [])
         pattern = _pattern_name(content.get("pre_tokenizer"))
-        merges = [_merge(entry) for entry in model.get("merges") or []]
+        merges = [_merge(entry) for entry in model["merges"]]
         return Parts(_vocabulary(model["vocab"], special_tokens), merges, pattern, special_tokens)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{path}: not a tokenizer.json of byte-level BPE: {error}") from None
 
 
 def load_gpt2_files(vocab: Path, merges: Path, special_tokens: Sequence[str]) -> Parts:
     """Read vocab.json (spelled token -> id) and merges.txt (a "#version" line, then two spelled tokens a line)."""
     spelled = _read_object(vocab)
-    special = {}
-    for text in special_tokens:
-        special[text] = spelled.setdefault(text, len(spelled))
     pairs = []
     for number, line in enumerate(merges.read_text(encoding="utf-8").split("\n"), 1):
-        if line.startswith("#version") or not line:
-            continue
-        try:
-            pairs.append(_merge(line.rstrip("\r")))
-        except ValueError as error:
-            raise ValueError(f"{merges}, line {number}: {error}") from None
+        if line and not line.startswith("#version"):
+            try:
+                pairs.append(_merge(line))
+            except ValueError as error:
+                raise ValueError(f"{merges}, line {number}: {error}") from None
     try:
-        return Parts(_vocabulary(spelled, special), pairs, "gpt2", special)
+        vocabulary = _vocabulary(spelled, dict.fromkeys(special_tokens))
     except ValueError as error:
         raise ValueError(f"{vocab}: {error}") from None
+    special: dict[str, int] = {}
+    for text in special_tokens:
+        special[text] = spelled.setdefault(text, max(spelled.values(), default=-1) + 1)
+    return Parts(vocabulary, pairs, "gpt2", special)
 
 
 def _read_object(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not a JSON file: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: must hold a JSON object, got {type(content).__name__}")
     return content
 
 
-def _vocabulary(spelled: Mapping[str, Any], special_tokens: Mapping[str, int]) -> dict[bytes, int]:
+def _special_tokens(added_tokens: Any) -> dict[str, int]:
+    special_tokens: dict[str, int] = {}
+    for token in added_tokens:
+        if not (isinstance(token, dict) and isinstance(token.get("content"), str) and _is_id(token.get("id"))):
+            raise ValueError(f"an added token must have a string 'content' and an integer 'id', got {token!r}")
+        for flag in ("single_word", "lstrip", "rstrip"):
+            if token.get(flag):
+                raise ValueError(f"added token {token['content']!r} must have {flag} false")
+        special_tokens[token["content"]] = token["id"]
+    return special_tokens
+
+
+def _vocabulary(spelled: Mapping[str, Any], special_tokens: Mapping[str, int | None]) -> dict[bytes, int]:
+    """The ordinary tokens; a special token is one of them as well if it is spelled like one."""
     vocabulary = {}
     for text, i in spelled.items():
-        if not isinstance(i, int) or isinstance(i, bool):
+        if not _is_id(i):
             raise ValueError(f"the id of token {text!r} must be an integer, got {i!r}")
-        if text in special_tokens:
-            if special_tokens[text] != i:
-                raise ValueError(f"added token {text!r} has id {special_tokens[text]}, but {i} in model.vocab")
-            vocabulary[text.encode()] = i
-        else:
-            vocabulary[unspell(text)] = i
+        if text in special_tokens and special_tokens[text] not in (i, None):
+            raise ValueError(f"added token {text!r} has id {special_tokens[text]}, but {i} in the vocabulary")
+        if text not in special_tokens or spells_itself(text):
+            vocabulary[_token(text)] = i
     return vocabulary
+
+
+def _is_id(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _merge(entry: object) -> tuple[bytes, bytes]:
     parts = entry.split(" ") if isinstance(entry, str) else entry
     if not isinstance(parts, list) or len(parts) != 2 or not all(isinstance(part, str) and part for part in parts):
         raise ValueError(f"a merge must be two tokens, got {entry!r}")
-    return unspell(parts[0]), unspell(parts[1])
+    return _token(parts[0]), _token(parts[1])
+
+
+def _token(text: str) -> bytes:
+    token = unspell(text)
+    if token is None:
+        raise ValueError(f"token {text!r} has a character that is not in the byte-level alphabet")
+    return token
 
 
 def _kind(part: Any) -> str | None:
@@ -182,22 +197,21 @@ def _kind(part: Any) -> str | None:
 
 
 def _pattern_name(pre_tokenizer: Any) -> str:
-    steps = pre_tokenizer.get("pretokenizers", []) if _kind(pre_tokenizer) == "Sequence" else [pre_tokenizer]
-    kinds = [_kind(step) for step in steps]
+    steps = pre_tokenizer.get("pretokenizers") if _kind(pre_tokenizer) == "Sequence" else [pre_tokenizer]
+    kinds = [_kind(step) for step in steps or []]
     if kinds not in (["ByteLevel"], ["Split", "ByteLevel"]):
         raise ValueError(f"pre_tokenizer must be ByteLevel, or Split and then ByteLevel, got {kinds}")
     if steps[-1].get("add_prefix_space", True):
         raise ValueError("pre_tokenizer ByteLevel must have add_prefix_space false")
-    if steps[-1].get("use_regex", True) is (len(steps) == 2):
-        raise ValueError("pre_tokenizer must split once: ByteLevel's use_regex is true alone and false after Split")
+    if steps[-1].get("use_regex", True) != (len(steps) == 1):
+        raise ValueError("pre_tokenizer ByteLevel must have use_regex true if it is alone, and false after Split")
     if len(steps) == 1:
         return "gpt2"
-    if steps[0].get("behavior") != "Isolated" or steps[0].get("invert"):
-        raise ValueError("pre_tokenizer Split must have behavior 'Isolated' and invert false")
-    published = (steps[0].get("pattern") or {}).get("Regex")
-    for name, pattern in SPLIT_PATTERNS.items():
-        if pattern.published == published:
-            return name
-    raise ValueError(
-        f"pre_tokenizer Split must have the pattern of one of {', '.join(SPLIT_PATTERNS)}, got {published!r}"
-    )
+    published = {pattern.published: name for name, pattern in SPLIT_PATTERNS.items()}
+    expression = (steps[0].get("pattern") or {}).get("Regex")
+    if expression not in published:
+        raise ValueError(f"pre_tokenizer Split must have one of the patterns {list(published)}, got {expression!r}")
+    # The patterns match every character, so what lies between matches can be kept or removed.
+    if (steps[0].get("behavior"), steps[0].get("invert", False)) not in (("Isolated", False), ("Removed", True)):
+        raise ValueError("pre_tokenizer Split must be Isolated and not inverted, or Removed and inverted")
+    return published[expression]
