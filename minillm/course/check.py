@@ -14,25 +14,24 @@ def check_notebooks(paths: Sequence[Path], *, timeout: int = 600, report: Callab
     what went wrong. ``timeout`` is in seconds a cell. True when every notebook ran to its end.
     """
     # Imported here because nbclient takes half a second, and `minillm.course` is imported for its small parts too.
-    from nbclient.exceptions import CellControlSignal, DeadKernelError
+    from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
-    failed = []
+    failed = 0
     began = time.perf_counter()
     for path in paths:
         started = time.perf_counter()
         try:
             notebook = execute(read_notebook(path), folder=path.parent, timeout=timeout)
-        except (CellControlSignal, DeadKernelError, ValueError) as error:
-            failed.append(path)
-            verdict = f"FAILED: {_sentence(error)}"
-        else:
             verdict = f"{sum(cell.cell_type == 'code' for cell in notebook.cells)} code cells"
+        except CellExecutionError as error:
+            verdict = f"FAILED: {error.ename}: {error.evalue.partition(chr(10))[0]}"
+        except CellTimeoutError:
+            verdict = f"FAILED: a cell takes longer than {timeout} s"
+        except DeadKernelError:
+            verdict = "FAILED: the kernel died"
+        except ValueError as error:
+            verdict = f"FAILED: {error}"
+        failed += verdict.startswith("FAILED")
         report(f"{time.perf_counter() - started:7.1f} s  {path}  {verdict}")
-    report(f"{time.perf_counter() - began:7.1f} s  {len(paths)} notebooks, {len(failed)} failed")
-    return not failed
-
-
-def _sentence(error: Exception) -> str:
-    """The name and message of the error, which nbclient puts on the last line, after the cell and its traceback."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[-1][:300] if lines else type(error).__name__
+    report(f"{time.perf_counter() - began:7.1f} s  {len(paths)} notebooks, {failed} failed")
+    return failed == 0

@@ -6,7 +6,7 @@ says what in the index is untrue, and :func:`readme` writes the two tables of RE
 """
 
 import tomllib
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -72,6 +72,11 @@ class Course:
     techniques: tuple[Technique, ...]
     support: tuple[Support, ...]
 
+    @property
+    def rows(self) -> tuple[Technique | Support, ...]:
+        """All rows that name modules and tests."""
+        return (*self.techniques, *self.support)
+
     def written(self, chapter: Chapter) -> bool:
         """Whether the chapter's notebook exists."""
         return (self.root / chapter.notebook).is_file()
@@ -125,17 +130,18 @@ def _rows(kind: type[Row], tables: list[dict[str, Any]], path: Path) -> tuple[Ro
             expected: type = list if key in ("modules", "tests") else known[key].type  # type: ignore[assignment]
             if type(value) is not expected or not (value or expected in (bool, int)):
                 raise ValueError(f"{where}: {key} must be a {expected.__name__} and not empty, got {value!r}")
-        try:
-            rows.append(kind(**{key: tuple(value) if type(value) is list else value for key, value in table.items()}))
-        except TypeError as error:  # a required key is missing: Python's own words name it
-            raise ValueError(f"{where}: {str(error).split('()')[-1].strip()}") from None
+        missing = [name for name, field in known.items() if field.default is MISSING and name not in table]
+        if missing:
+            raise ValueError(f"{where}: {missing[0]} is missing")
+        values: dict[str, Any] = {key: tuple(value) if type(value) is list else value for key, value in table.items()}
+        rows.append(kind(**values))
     return tuple(rows)
 
 
 def problems(course: Course) -> list[str]:
     """Every statement of the index that the files contradict, each as one sentence; empty when all is true."""
     found: list[str] = []
-    for row in (*course.techniques, *course.support):
+    for row in course.rows:
         for path in (*row.modules, *row.tests):
             if not (course.root / path).is_file():
                 found.append(f"{row.name}: there is no file {path}")
@@ -148,12 +154,12 @@ def problems(course: Course) -> list[str]:
         for path in _files(course.root, pattern):
             if path not in chapters:
                 found.append(f"{path} belongs to no chapter of course.toml")
-    named = [path for row in (*course.techniques, *course.support) for path in row.modules]
+    named = [path for row in course.rows for path in row.modules]
     for path in _files(course.root, "minillm/**/*.py"):
         # A package's __init__.py that only re-exports is no room of its own.
         if not path.endswith("__init__.py") and named.count(path) != 1:
             found.append(f"{path} is named {named.count(path)} times in course.toml; each module belongs to one row")
-    tests = {path for row in (*course.techniques, *course.support) for path in row.tests}
+    tests = {path for row in course.rows for path in row.tests}
     for path in _files(course.root, "tests/**/test_*.py"):
         if path not in tests:
             found.append(f"{path} is the test of no row in course.toml")
