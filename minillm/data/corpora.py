@@ -23,6 +23,7 @@ from minillm.data.synthetic import SyntheticGrammar
 from minillm.data.text_files import list_files, read_documents
 
 SYNTHETIC_DOCUMENTS = 400
+NOT_THE_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
 
 @dataclass(frozen=True)
@@ -151,21 +152,21 @@ def _without_repeated(topics: dict[str, str]) -> list[str]:
     """
     kept, seen = [], set[str]()
     for name in sorted(topics, key=lambda name: (-len(topics[name]), name)):
-        paragraphs = topics[name].split("\n\n")
-        repeated = sum(len(paragraph) for paragraph in paragraphs if paragraph in seen)
-        if 2 * repeated < len(topics[name]):
+        lines = topics[name].splitlines()
+        repeated = sum(len(line) for line in lines if line in seen)
+        if 2 * repeated < sum(map(len, lines)):
             kept.append(name)
-            seen.update(paragraphs)
+            seen.update(lines)
     return [topics[name] for name in sorted(kept)]
 
 
 def _python_stdlib() -> Corpus:
     root = Path(sysconfig.get_path("stdlib"))
-    left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-    files = sorted(
-        (path for path in root.rglob("*.py") if not left_out & set(path.relative_to(root).parts)),
-        key=lambda path: path.relative_to(root).parts,
-    )
+    files: list[Path] = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if name not in NOT_THE_LIBRARY]
+        files += [Path(folder, name) for name in names if name.endswith(".py")]
+    files.sort(key=lambda path: path.relative_to(root).parts)
     if not files:
         raise ValueError(f"python-stdlib finds no sources: {root} holds no .py files; use load_corpus('synthetic')")
 

@@ -7,7 +7,6 @@ the whole file again if it has changed). The standard library's urllib does the 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import http.client
 import os
@@ -82,9 +81,9 @@ def download(
         raise ValueError(f"file_name must be a plain file name, got {name!r}")
     folder = Path(cache_folder) if cache_folder is not None else default_cache_folder()
     target = folder / name
-    if _has_checksum(target, sha256):
-        return target
     try:
+        if _has_checksum(target, sha256):
+            return target
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / f"{name}.lock"):
             return _download(url, sha256, target, progress, timeout, attempts)
@@ -209,9 +208,7 @@ def _content_range(value: str | None) -> tuple[int, int | None]:
 
 
 def _has_checksum(path: Path, sha256: str) -> bool:
-    with contextlib.suppress(FileNotFoundError):
-        return _sha256(path) == sha256
-    return False
+    return path.exists() and _sha256(path) == sha256
 
 
 def _sha256(path: Path) -> str:

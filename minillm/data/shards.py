@@ -7,8 +7,8 @@ A dataset is a folder:
     train_00001.bin         ...
     validation_00000.bin
 
-Each shard is a plain array, `np.fromfile(path, dtype="<u2")` reads one. Writing streams: one document is in memory at a
-time, so the corpus may be larger than RAM.
+Each shard is a plain array, `np.fromfile(path, dtype="<u2")` reads one. Writing streams, so the corpus may be larger
+than RAM.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ import contextlib
 import hashlib
 import json
 import os
+import re
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -29,6 +30,7 @@ from minillm.data.shard_index import FORMAT, INDEX_NAME, SPLITS, VERSION
 from minillm.data.split import split_documents
 
 DEFAULT_SHARD_TOKENS = 2**27
+SHARD_NAME = re.compile(rf"({'|'.join(SPLITS)})_\d{{5,}}\.bin")
 
 
 class Tokenizer(Protocol):
@@ -43,7 +45,7 @@ class Tokenizer(Protocol):
 
 
 def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
-    """SHA-256 over the text of every token id: two tokenizers that cut alike have the same one."""
+    """SHA-256 over the texts of all token ids, in order: it differs where an id means another text."""
     digest = hashlib.sha256()
     for token in range(tokenizer.vocab_size):
         text = tokenizer.decode([token]).encode("utf-8", "surrogatepass")
@@ -70,13 +72,14 @@ def write_shards(
         raise ValueError(f"tokenizer.vocab_size must be in 1 .. 2^32, got {vocab_size}")
     if end_of_text is not None and not 0 <= end_of_text < vocab_size:
         raise ValueError(f"end_of_text must be a token id in 0 .. {vocab_size - 1} or None, got {end_of_text}")
-    target = Path(folder)
+    target = Path(os.path.abspath(folder))
     _refuse_to_destroy(target, overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
 
     # Everything is written beside the target and renamed into place at the very end: a reader sees the old state or the
     # new one, and a writer that was killed leaves only a folder whose name says that it may be deleted.
-    partial = Path(tempfile.mkdtemp(prefix=f"{target.name}.partial-", dir=target.parent))
+    partial = _new_name(target, "partial")
+    partial.mkdir()
     try:
         dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
         with contextlib.ExitStack() as stack:
@@ -167,24 +170,30 @@ def _refuse_to_destroy(target: Path, overwrite: bool) -> None:
         return
     if not target.is_dir():
         raise FileExistsError(f"folder must be a folder or a new name, but {target} is a file")
-    if not any(target.iterdir()):
-        return
-    if not (target / INDEX_NAME).is_file():
-        raise FileExistsError(f"{target} holds files that are no token dataset: name another folder")
-    if not overwrite:
+    names = {path.name for path in target.iterdir()}
+    strangers = sorted(name for name in names if name != INDEX_NAME and not SHARD_NAME.fullmatch(name))
+    if strangers:
+        raise FileExistsError(
+            f"{target} holds what is no part of a token dataset ({strangers[0]}): name another folder"
+        )
+    if names and not overwrite:
         raise FileExistsError(f"{target} already holds a token dataset: pass overwrite=True to replace it")
 
 
 def _move_into_place(partial: Path, target: Path, overwrite: bool) -> None:
     _refuse_to_destroy(target, overwrite)
     if target.exists():
-        old = Path(tempfile.mkdtemp(prefix=f"{target.name}.replaced-", dir=target.parent))
-        os.replace(target, old / target.name)
+        old = _new_name(target, "replaced")
+        os.replace(target, old)
         os.replace(partial, target)
         shutil.rmtree(old)
     else:
         os.replace(partial, target)
     _sync_folder(target.parent)
+
+
+def _new_name(target: Path, kind: str) -> Path:
+    return target.with_name(f"{target.name}.{kind}-{secrets.token_hex(4)}")
 
 
 def _sync(file: Any) -> None:

@@ -1,10 +1,10 @@
 """Train and validation text, divided by document.
 
 Two rules at once. For a corpus of any size the side of a document is a hash of (seed, text): no state, no order, and
-two equal documents are never on different sides. But the hash counts documents, and where documents are few and unequal,
-a tenth of them can be a quarter of the text. So the documents at the beginning (as many as fit into a fixed amount of
-memory; for a small corpus, all of them) are divided by size: in the order of their hashes they become validation text
-until that has its share, within a tenth of it; those too large for what is left are passed over.
+two equal documents are never on different sides. But the hash counts documents, and where documents are few and
+unequal, a tenth of them can be a quarter of the text. So the documents at the beginning (as many as fit into a fixed
+amount of memory; for a small corpus, all of them) are divided by size: in the order of their hashes they become
+validation text until that has its share, within a tenth of it; those too large for what is left are passed over.
 """
 
 from __future__ import annotations
