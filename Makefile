@@ -32,12 +32,12 @@ help:
 setup:
 	@$(SETUP) $(VENV) $(EXTRAS) constraints.txt
 
+# PATH, so that `minillm` and `pytest` are found in JupyterLab's own terminals.
 lab: setup
-	$(PYTHON_IN) -m jupyter lab --ip=127.0.0.1 $(ROOT) $(LAB_ARGS) notebooks/00_quickstart.ipynb
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PYTHON_IN) -m jupyter lab --ip=127.0.0.1 $(ROOT) $(LAB_ARGS) notebooks/00_quickstart.ipynb
 
 run: setup
 	$(PYTHON_IN) -m minillm train --preset tiny --out runs/quickstart --figures
-	$(PYTHON_IN) -m minillm sample runs/quickstart
 
 # Every part is run even when one before it fails; the exit status tells.
 test: setup
