@@ -64,6 +64,8 @@ def train(
     """
     from minillm import presets
     from minillm.report import save_figures, summary, write
+    from minillm.training import TrainingConfig
+    from minillm.training.precision import resolve_device
     from minillm.training.run import load_run, train_run
 
     flags = {"data.corpus": corpus, "training.max_steps": steps, "training.device": device}
@@ -72,15 +74,14 @@ def train(
         changes = dict(presets.parse_assignment(assignment) for assignment in assignments)
         changes |= {name: value for name, value in flags.items() if value is not None}
         settings = presets.override(presets.load_preset(preset), changes)
+        resolve_device(TrainingConfig.from_dict(settings["training"]).device)
     except (ValueError, TypeError, OSError) as error:
         raise click.UsageError(str(error)) from error
     folder = out or Path("runs", Path(preset).stem)
     corpus = settings["data"].pop("corpus", "python-docs")
     click.echo(f"{preset} on {corpus}, in {folder}")
-    result = train_run(
-        folder, corpus=corpus, data=settings["data"], tokenizer=settings["tokenizer"], model=settings["model"],
-        training=settings["training"],
-    )  # fmt: skip
+    sections: Any = settings  # the checker takes **settings for any of train_run's arguments
+    result = train_run(folder, corpus=corpus, **sections)
     click.echo(summary(result))
     model, tokenizer = load_run(folder, device="cpu")
     if figures:
