@@ -1,0 +1,211 @@
+"""Reading and writing tokenizer.json and GPT-2's files, with `tokenizers` and `transformers` as the judges."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from minillm.tokenizers import ByteBPETokenizer
+from minillm.tokenizers.split_patterns import SPLIT_PATTERNS
+from minillm.tokenizers.tokenizer_json import BYTE_ALPHABET, spell, spells_itself, unspell
+
+TEXT = "The quick brown fox, it's said, jumps over 12345 lazy dogs.\n\n  naïve 中文 👍🏽 <|endoftext|>"
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    tokenizer = ByteBPETokenizer.train([TEXT] * 3, 300, pattern="gpt4", special_tokens=["<|endoftext|>"])
+    tokenizer.save(tmp_path / "tokenizer.json")
+    return tmp_path / "tokenizer.json"
+
+
+def test_the_byte_alphabet_is_gpt2s() -> None:
+    alphabet = bytes_to_unicode()
+    assert {byte: spell(bytes([byte])) for byte in range(256)} == alphabet
+    assert (
+        [spell(byte) for byte in BYTE_ALPHABET]
+        == sorted(alphabet.values())
+        == sorted(pre_tokenizers.ByteLevel.alphabet())
+    )
+
+
+@given(st.binary())
+def test_spelling_can_be_undone(token: bytes) -> None:
+    assert unspell(spell(token)) == token
+
+
+def test_what_spells_a_token() -> None:
+    assert unspell("a b") is None
+    assert spells_itself("<|endoftext|>")
+    assert not spells_itself("a b")
+    assert not spells_itself("é")
+
+
+@pytest.mark.parametrize("pattern", list(SPLIT_PATTERNS))
+def test_saved_and_loaded_is_the_same(pattern: str, tmp_path: Path) -> None:
+    tokenizer = ByteBPETokenizer.train([TEXT], 300, pattern=pattern, special_tokens=["<|endoftext|>", "<é>"])
+    tokenizer.save(tmp_path / "one.json")
+    loaded = ByteBPETokenizer.load(tmp_path / "one.json")
+    loaded.save(str(tmp_path / "two.json"))
+    assert (tmp_path / "one.json").read_bytes() == (tmp_path / "two.json").read_bytes()
+    assert (loaded.pattern, loaded.merges, loaded.special_tokens) == (
+        pattern,
+        tokenizer.merges,
+        tokenizer.special_tokens,
+    )
+    assert loaded.encode(TEXT) == tokenizer.encode(TEXT)
+
+
+def test_transformers_reads_the_file(file: Path) -> None:
+    fast = PreTrainedTokenizerFast(tokenizer_file=str(file), clean_up_tokenization_spaces=False)
+    ours = ByteBPETokenizer.load(file)
+    assert fast(TEXT)["input_ids"] == ours.encode(TEXT)
+    assert fast.decode(ours.encode(TEXT)) == TEXT
+
+
+def test_a_failed_save_leaves_the_old_file_and_nothing_else(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = file.read_bytes()
+    tokenizer = ByteBPETokenizer.train([TEXT], 280)
+
+    def disk_full(_: int) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("os.fsync", disk_full)
+    with pytest.raises(OSError, match="no space left"):
+        tokenizer.save(file)
+    assert file.read_bytes() == before
+    assert list(file.parent.iterdir()) == [file]
+
+
+Change = Callable[[dict[str, Any]], object]
+
+
+def test_equivalent_files_of_other_writers_are_read(file: Path) -> None:
+    expected = ByteBPETokenizer.load(file).encode(TEXT)
+    content = json.loads(file.read_text(encoding="utf-8"))
+    changes: list[Change] = [
+        lambda c: c["model"].update(merges=[" ".join(merge) for merge in c["model"]["merges"]]),
+        lambda c: c["pre_tokenizer"]["pretokenizers"][0].update(behavior="Removed", invert=True),
+        lambda c: [c["model"].pop(name) for name in ("type", "dropout", "byte_fallback", "ignore_merges")],
+        lambda c: c.update(post_processor=c["decoder"] | {"trim_offsets": False}, decoder=None),
+    ]
+    for change in changes:
+        changed = json.loads(json.dumps(content))
+        change(changed)
+        file.write_text(json.dumps(changed), encoding="utf-8")
+        assert ByteBPETokenizer.load(file).encode(TEXT) == expected == Tokenizer.from_file(str(file)).encode(TEXT).ids
+
+
+def step(n: int, **values: object) -> Change:
+    return lambda c: c["pre_tokenizer"]["pretokenizers"][n].update(values)
+
+
+def model(**values: object) -> Change:
+    return lambda c: c["model"].update(values)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (model(type="WordPiece"), "model must be of type BPE, got WordPiece"),
+        (lambda c: c.pop("model"), "model must be of type BPE, got None"),
+        (model(vocab=[["a", -1.0]]), "model must have an object 'vocab'"),
+        (model(merges=None), "and a list 'merges'"),
+        (model(dropout=0.1), "model.dropout must be null, false or empty, got 0.1"),
+        (model(byte_fallback=True), "model.byte_fallback"),
+        (model(ignore_merges=True), "model.ignore_merges"),
+        (model(end_of_word_suffix="</w>"), "model.end_of_word_suffix"),
+        (model(merges=[["a", "b", "c"]]), r"a merge must be two tokens, got \['a', 'b', 'c'\]"),
+        (model(merges=["ab"]), "a merge must be two tokens, got 'ab'"),
+        (model(merges=[["▁a", "b"]]), "token '▁a' has a character that is not in the byte-level alphabet"),
+        (model(merges=[["z", "q"]]), r"merge \(b'z', b'q'\): b'zq' is not in the vocabulary"),
+        (lambda c: c["model"]["vocab"].update({"▁the": 999}), "token '▁the' has a character"),
+        (lambda c: c["model"]["vocab"].update({"zq": "999"}), "the id of token 'zq' must be an integer, got '999'"),
+        (lambda c: c["model"]["vocab"].update({"zq": 5}), "has id 5, which is negative or belongs to another token"),
+        (lambda c: c["model"]["vocab"].update({"<|endoftext|>": 999}), "'<|endoftext|>' has id 0, but 999 in the voc"),
+        (lambda c: c["model"]["vocab"].pop("Ġ"), "all 256 single bytes; missing: 0x20"),
+        (lambda c: c.update(normalizer={"type": "NFC"}), "normalizer must be null, got {'type': 'NFC'}"),
+        (lambda c: c.update(truncation={"max_length": 5}), "truncation must be null"),
+        (lambda c: c.update(post_processor={"type": "TemplateProcessing"}), "post_processor .* got TemplateProcessing"),
+        (lambda c: c.update(decoder={"type": "Metaspace"}), "decoder must be null or ByteLevel, got Metaspace"),
+        (lambda c: c.update(pre_tokenizer={"type": "Whitespace"}), r"pre_tokenizer must be .*, got \['Whitespace'\]"),
+        (lambda c: c.update(pre_tokenizer=None), r"pre_tokenizer must be ByteLevel, .*, got \[None\]"),
+        (lambda c: c["pre_tokenizer"].update(pretokenizers=None), r"pre_tokenizer must be .*, got \[\]"),
+        (step(0, pattern={"Regex": r"\w+"}), r"one of the patterns .*, got '\\\\w\+'"),
+        (step(0, pattern={"String": " "}), "one of the patterns .*, got None"),
+        (step(0, behavior="MergedWithNext"), "must be Isolated and not inverted"),
+        (step(1, use_regex=True), "use_regex true if it is alone, and false after Split"),
+        (step(1, add_prefix_space=True), "add_prefix_space false"),
+        (lambda c: c["added_tokens"][0].update(lstrip=True), "added token '<|endoftext|>' must have lstrip false"),
+        (lambda c: c["added_tokens"][0].pop("id"), "an added token must have a string 'content' and an integer 'id'"),
+        (lambda c: c.update(added_tokens=["<s>"]), "an added token must have .*, got '<s>'"),
+    ],
+)
+def test_a_file_that_is_not_byte_level_bpe_is_refused_with_the_reason(file: Path, change: Change, message: str) -> None:
+    content = json.loads(file.read_text(encoding="utf-8"))
+    change(content)
+    file.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(ValueError, match=message.replace("|", r"\|")) as caught:
+        ByteBPETokenizer.load(file)
+    assert str(file) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "not a JSON file"),
+        (b"\xff\xfe", "not a JSON file"),
+        (b"[" * 100_000, "not a JSON file"),
+        (b"[]", "got list"),
+    ],
+)
+def test_a_file_that_is_not_json_is_refused(file: Path, content: bytes, message: str) -> None:
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        ByteBPETokenizer.load(file)
+    with pytest.raises(FileNotFoundError):
+        ByteBPETokenizer.load(file.with_name("absent.json"))
+
+
+def write_gpt2_files(folder: Path) -> tuple[Path, Path]:
+    """Written by `tokenizers` itself, as GPT-2's were: the special token is not among the merges."""
+    alphabet = [spell(byte) for byte in BYTE_ALPHABET]
+    merges = [("Ġ", "t"), ("h", "e"), ("Ġt", "he"), ("#", "#"), ("##", "Ġ")]
+    vocabulary = {token: i for i, token in enumerate([*alphabet, *(a + b for a, b in merges), "<|endoftext|>"])}
+    models.BPE(vocabulary, merges).save(str(folder))
+    return folder / "vocab.json", folder / "merges.txt"
+
+
+def test_gpt2_files_are_read_as_tokenizers_reads_them(tmp_path: Path) -> None:
+    vocab, merges = write_gpt2_files(tmp_path)
+    ours = ByteBPETokenizer.from_gpt2_files(vocab, merges)
+    peer = Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
+    peer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    peer.add_special_tokens(["<|endoftext|>"])
+    text = "the other thing ## ### <|endoftext|>héhé"
+    assert ours.encode(text) == peer.encode(text).ids
+    assert ours.special_tokens == {"<|endoftext|>": 261}
+    assert ours.pattern == "gpt2"
+    more = ByteBPETokenizer.from_gpt2_files(vocab, merges, special_tokens=["<|endoftext|>", "<|pad|>", "<|é|>"])
+    assert more.special_tokens == {"<|endoftext|>": 261, "<|pad|>": 262, "<|é|>": 263}
+
+
+def test_broken_gpt2_files_are_refused(tmp_path: Path) -> None:
+    vocab, merges = write_gpt2_files(tmp_path)
+    good = merges.read_text(encoding="utf-8")
+    merges.write_text(good + "a b c\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"merges.txt, line 7: a merge must be two tokens, got 'a b c'"):
+        ByteBPETokenizer.from_gpt2_files(vocab, merges)
+    merges.write_text(good + "q z\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"b'qz' is not in the vocabulary"):
+        ByteBPETokenizer.from_gpt2_files(vocab, merges)
+    vocab.write_text('{"▁a": 0}', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"vocab.json: token '▁a' has a character"):
+        ByteBPETokenizer.from_gpt2_files(vocab, merges)
