@@ -15,7 +15,7 @@ import sys
 import sysconfig
 import tokenize
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from minillm.data.download import DownloadError, download
@@ -36,8 +36,8 @@ class Corpus:
 
     name: str
     description: str
-    documents: Callable[[], Iterator[str]]
-    grammar: SyntheticGrammar | None = None
+    documents: Callable[[], Iterator[str]] = field(repr=False)
+    grammar: SyntheticGrammar | None = field(default=None, repr=False)
 
     def __iter__(self) -> Iterator[str]:
         return self.documents()

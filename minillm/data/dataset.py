@@ -60,12 +60,13 @@ class TokenDataset:
     ) -> None:
         if split not in SPLITS:
             raise ValueError(f"split must be one of {', '.join(map(repr, SPLITS))}, got {split!r}")
-        if context_length < 1:
-            raise ValueError(f"context_length must be at least 1, got {context_length}")
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        if world_size < 1 or batch_size % world_size:
-            raise ValueError(f"world_size must be at least 1 and divide batch_size {batch_size}, got {world_size}")
+        for name, value in (("context_length", context_length), ("batch_size", batch_size), ("world_size", world_size)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        if not isinstance(seed, int):
+            raise ValueError(f"seed must be an integer, got {seed!r}")
+        if batch_size % world_size:
+            raise ValueError(f"world_size must divide batch_size {batch_size}, got {world_size}")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank must be in 0 .. {world_size - 1}, got {rank}")
         self.folder, self.split = Path(folder), split

@@ -76,6 +76,8 @@ def download(
         raise ValueError(f"sha256 must be 64 hexadecimal digits, got {sha256!r}")
     if attempts < 1:
         raise ValueError(f"attempts must be at least 1, got {attempts}")
+    if not timeout > 0:
+        raise ValueError(f"timeout must be above 0 seconds, got {timeout}")
     name = file_name or unquote(PurePosixPath(parts.path).name)
     if not name or name in (".", "..") or "/" in name or "\\" in name:
         raise ValueError(f"file_name must be a plain file name, got {name!r}")

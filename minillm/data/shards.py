@@ -65,8 +65,8 @@ def write_shards(
     overwrite: bool = False,
 ) -> Path:
     """Tokenise `documents` into `folder`; returns the folder. See `TokenDataset.write`."""
-    if shard_tokens < 1:
-        raise ValueError(f"shard_tokens must be at least 1, got {shard_tokens}")
+    if not isinstance(shard_tokens, int) or shard_tokens < 1:
+        raise ValueError(f"shard_tokens must be an integer of at least 1, got {shard_tokens!r}")
     vocab_size = tokenizer.vocab_size
     if not 1 <= vocab_size <= 2**32:
         raise ValueError(f"tokenizer.vocab_size must be in 1 .. 2^32, got {vocab_size}")

@@ -40,7 +40,7 @@ def split_documents(
     for value, document in stream:
         held.append((value, document))
         n_characters += len(document)
-        if (n_characters > held_characters and value != held[0][0]) or len(held) == HELD_DOCUMENTS:
+        if value != held[0][0] and (n_characters > held_characters or len(held) >= HELD_DOCUMENTS):
             break
     if not held:
         raise ValueError("there is no text: no document has a single character")

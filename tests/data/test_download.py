@@ -264,6 +264,7 @@ def test_bad_arguments_are_refused(tmp_path: Path) -> None:
         ("http:///x", {}, "name a host"),
         (good, {"sha256": "abc"}, "sha256 must be 64 hexadecimal digits"),
         (good, {"attempts": 0}, "attempts must be at least 1"),
+        (good, {"timeout": 0}, "timeout must be above 0 seconds"),
         (good, {"file_name": "../x"}, "file_name must be a plain file name"),
         ("http://127.0.0.1:1/", {}, "file_name must be a plain file name"),
         ("http://127.0.0.1:1/%2e%2e", {}, "file_name must be a plain file name"),

@@ -177,7 +177,8 @@ def test_nothing_is_replaced_unasked(tmp_path: Path, byte_tokenizer: Any) -> Non
 def test_bad_arguments_are_refused(tmp_path: Path, byte_tokenizer: Any) -> None:
     for arguments, message in (
         ({"validation_fraction": 1.0}, "validation_fraction must be in"),
-        ({"shard_tokens": 0}, "shard_tokens must be at least 1"),
+        ({"shard_tokens": 0}, "shard_tokens must be an integer of at least 1"),
+        ({"shard_tokens": 1e6}, r"shard_tokens must be an integer of at least 1, got 1000000\.0"),
         ({"end_of_text": 256}, r"end_of_text must be a token id in 0 \.\. 255 or None, got 256"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -69,6 +69,16 @@ def test_a_long_stream_is_divided_by_hash() -> None:
     assert set(again) == set(validation) & (beginning | rest)
 
 
+def test_many_copies_at_the_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minillm.data.split.HELD_DOCUMENTS", 3)
+    train, validation = sides(["a"] * 10 + ["b"] * 5 + ["c"] * 5, 0.1, held_characters=2)
+    assert Counter(train + validation) == {"a": 10, "b": 5, "c": 5}
+    assert train
+    assert validation
+    assert not set(train) & set(validation)
+    assert sides(["ab"] * 10, 0.5) == (["a"] * 10, ["b"] * 10)
+
+
 def test_another_seed_is_another_division() -> None:
     documents = [f"document {number}" for number in range(200)]
     assert sides(documents, 0.2, 0)[1] != sides(documents, 0.2, 1)[1]
