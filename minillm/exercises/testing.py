@@ -148,17 +148,20 @@ class ExerciseTests:
         exercise = find_exercise(self.exercise, self.folder)
         notebook = assemble(exercise, read_submission(exercise.student_path, exercise))
         answers = [cell for cell in notebook.cells if role(cell) == "answer"]
-        assert [cell.metadata["judge"]["status"] for cell in answers] == ["not started"] * len(exercise.parts)
+        statuses = [cell.metadata["judge"]["status"] for cell in answers]
+        assert statuses == ["not started"] * len(exercise.parts), f"an untouched notebook has answers: {statuses}"
         # A student who runs the first cells by hand meets the exception that names the exercise.
         first = exercise.parts[0]
         until = [cell.id for cell in exercise.notebook.cells].index(first.checks[-1]) + 1
         with _Cells() as cells, pytest.raises(NotImplementedError) as raised:
             cells.run_all(generate(exercise).cells[:until])
-        assert str(raised.value) == f"Exercise {first.number}: {first.task}"
+        assert str(raised.value) == f"Exercise {first.number}: {first.task}", f"a student reads: {raised.value}"
 
     def test_each_part_has_three_wrong_answers(self) -> None:
         parts = {part.number for part in find_exercise(self.exercise, self.folder).parts}
-        assert set(self.wrong_answers) == parts
+        assert set(self.wrong_answers) == parts, (
+            f"wrong answers for {sorted(self.wrong_answers)}, parts {sorted(parts)}"
+        )
         few = {number: len(wrong) for number, wrong in self.wrong_answers.items() if len(wrong) < 3}
         assert not few, f"parts with fewer than three wrong answers: {few}"
 

@@ -59,7 +59,7 @@ def test_parts_are_read_in_order(exercises):
     assert exercise.parts[1].points == {"check-90-2": 1, "check-90-2-one": 0.5}
     assert exercise.parts[0].defines == {"total"}
     assert exercise.chapter == 90
-    with pytest.raises(ValueError, match="no part 90.9; its parts: 90.1, 90.2"):
+    with pytest.raises(ValueError, match=r"no part 90.9; its parts: 90.1, 90.2"):
         exercise.part("90.9")
 
 
@@ -109,7 +109,7 @@ def test_every_broken_rule_is_named_at_once(source_notebook, tmp_path):
 
 def test_a_source_is_named_after_its_chapter(source_notebook, tmp_path):
     write(source_notebook, tmp_path / "numbers.ipynb")
-    with pytest.raises(ValueError, match="NN_name.ipynb"):
+    with pytest.raises(ValueError, match=r"NN_name.ipynb"):
         load(tmp_path / "numbers.ipynb")
 
 

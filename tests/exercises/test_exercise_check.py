@@ -1,0 +1,118 @@
+"""``check`` with what students really hand in. A kernel costs seconds, so each notebook here holds many mistakes."""
+
+import os
+
+import pytest
+
+from minillm.exercises import check
+
+
+def status(report):
+    return {part.number: part.status for part in report.parts}
+
+
+def message(report, number):
+    return next(part.message for part in report.parts if part.number == number)
+
+
+def test_answers_that_hang_die_flood_and_exit_cost_only_their_own_part(student):
+    path = student.answer(
+        p1="def total(numbers):\n    while True:\n        pass",
+        p2="def mean(numbers):\n    import os, signal\n    os.killpg(0, signal.SIGKILL)",
+        p3="def largest(numbers):\n    while True:\n        print('no end ' * 1000)",
+        p4="def smallest(numbers):\n    raise SystemExit",
+        p5=student.right["p5"],
+    )
+    before = path.read_bytes()
+    report = check(str(path), folder=student.folder, timeout=4)
+    assert status(report) == {"90.1": "failed", "90.2": "failed", "90.3": "failed", "90.4": "failed", "90.5": "passed"}
+    assert "still running after 4 s" in message(report, "90.1")
+    assert "does a loop never end?" in message(report, "90.1")
+    assert "ended the Python process" in message(report, "90.2")
+    assert "printed more than 1,000,000 characters" in message(report, "90.3")
+    assert "ends the notebook" in message(report, "90.4")
+    assert not report.passed
+    assert path.read_bytes() == before
+    assert "1 of 5 parts passed" in report.render()
+
+
+def test_answers_that_are_refused_broken_or_wrong(student):
+    path = student.answer(
+        p1="def total(numbers):\n    return sum(numbers)",
+        p2="def mean(numbers):\n    return total(numbers) / len(numbers",
+        p3="def largest(numbers):\n    return 3",
+        p4="def tiniest(numbers):\n    return 1",
+    )
+    report = check(str(path), folder=student.folder, seed=7)
+    assert status(report) == dict.fromkeys(["90.1", "90.2", "90.3", "90.4"], "failed") | {"90.5": "not started"}
+    assert message(report, "90.1") == "line 2 of your answer uses sum: that is what this part asks you to build"
+    assert message(report, "90.2").startswith("line 2 of your answer is not Python ('(' was never closed)")
+    assert message(report, "90.3") == "the check should print 'largest: 4', but printed 'largest: 3'"
+    assert message(report, "90.4") == "your answer does not define smallest: was it renamed?"
+    text = report.render()
+    assert "90.5  The middle    not started\n" in text
+    assert "hint: Which numbers does it start with? (more: minillm exercises hint 90.1 --level 2)" in text
+    assert "0 of 5 parts passed (seed 7)." in text
+
+
+def test_an_honest_notebook_passes_however_untidy(student):
+    """Helper cells, a split answer, debugging prints, a scratch cell that fails, magics, edited and deleted checks."""
+    first = "def total(numbers):\n    print('debugging', numbers)\n    return _add_up(numbers)"
+
+    def untidy(cells):
+        student_cells = {cell["id"]: cell for cell in cells}
+        student_cells["answer-90-1"]["source"] = first
+        student_cells["check-90-1"]["source"] = "print('sum: 10')"
+        student_cells["setup"]["source"] = "SEED = 12"
+        for n in (2, 3, 4, 5):
+            student_cells[f"answer-90-{n}"]["source"] = student.right[f"p{n}"]
+        helper = "def _add_up(numbers):\n    result = 0\n    for n in numbers:\n        result += n\n    return result"
+        place = cells.index(student_cells["answer-90-1"])
+        own = [
+            {"cell_type": "code", "metadata": {}, "outputs": [], "execution_count": 1, "source": s}
+            for s in (
+                helper,
+                "1 / 0",
+                "%timeit total([1])",
+                "import statistics\nstatistics.mean([1])",
+                "print('x' * 200_000)",
+            )
+        ]
+        cells[place + 1 : place + 1] = own
+        cells.remove(student_cells["check-90-3"])
+        for cell in cells:
+            cell.pop("id", None)
+
+    report = check(str(student.edit(untidy)), folder=student.folder)
+    assert report.passed, report.render()
+    notes = "\n".join(report.notes)
+    assert "not plain Python: '%timeit total([1])'" in notes
+    assert "uses statistics: that is what this part asks you to build: 'import statistics'" in notes
+    assert "your own cell '1 / 0': ZeroDivisionError: division by zero" in notes
+    assert "missing from your notebook, so the original was run: check-90-3" in notes
+    assert "note:" not in report.render()  # of interest only when something fails
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{ not json", "its JSON is broken"),
+        ("<<<<<<< HEAD\n{}", "merged with conflicts"),
+        ("[1, 2]", "no list of cells"),
+        ('{"worksheets": []}', "no list of cells"),
+        ("[" * 100_000, "is broken"),
+    ],
+)
+def test_a_file_that_is_no_notebook_is_said_to_be_none(student, content, words):
+    student.path.write_text(content)
+    with pytest.raises(ValueError, match=words):
+        check("90", folder=student.folder)
+
+
+def test_a_notebook_that_is_not_there(student):
+    student.path.unlink()
+    with pytest.raises(ValueError, match="there is no notebook"):
+        check("90", folder=student.folder)
+    os.mkdir(student.path)
+    with pytest.raises(ValueError, match="cannot be read"):
+        check("90", folder=student.folder)
