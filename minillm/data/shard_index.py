@@ -63,6 +63,8 @@ def _check_index(index: dict[str, Any]) -> None:
         for shard in description["shards"]:
             if Path(shard["file"]).name != shard["file"] or not isinstance(shard["sha256"], str):
                 raise ValueError(f"the shard {shard['file']!r} must be a plain file name with a sha256")
+            if not isinstance(shard["n_tokens"], int) or shard["n_tokens"] < 1:
+                raise ValueError(f"the shard {shard['file']!r} must have at least 1 token, not {shard['n_tokens']!r}")
 
 
 def map_shard(folder: Path, record: dict[str, Any], dtype: str) -> npt.NDArray[Any]:

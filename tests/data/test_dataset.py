@@ -222,6 +222,8 @@ def test_bad_arguments_are_refused(rows: Factory, tmp_path: Path) -> None:
     TokenDataset(folder, context_length=8, batch_size=4, tokenizer=CountingTokenizer())
     with pytest.raises(DatasetError, match="holds no token dataset"):
         TokenDataset(tmp_path, context_length=8, batch_size=4)
+    with pytest.raises(DatasetError, match="holds no token dataset"):
+        TokenDataset(folder / "index.json", context_length=8, batch_size=4)
     with pytest.raises(ValueError, match="max_batches must be at least 1"):
         next(TokenDataset(folder, context_length=8, batch_size=4).evaluation_batches(max_batches=0))
 

@@ -201,6 +201,8 @@ def test_damage_is_noticed(tmp_path: Path, byte_tokenizer: Any) -> None:
     del lost_count["splits"]["train"]["n_bytes"]
     wrong_sum = json.loads(index)
     wrong_sum["splits"]["train"]["n_tokens"] += 1
+    no_tokens = json.loads(index)
+    no_tokens["splits"]["train"]["shards"].append({"file": "train_00001.bin", "n_tokens": 0, "sha256": ""})
     escaping = json.loads(index)
     escaping["splits"]["train"]["shards"][0]["file"] = "../elsewhere.bin"
     for text, message in (
@@ -213,6 +215,7 @@ def test_damage_is_noticed(tmp_path: Path, byte_tokenizer: Any) -> None:
         (changed(splits=None), "index.json is damaged"),
         (json.dumps(lost_count), "index.json is damaged: KeyError 'n_bytes'"),
         (json.dumps(wrong_sum), "do not add up"),
+        (json.dumps(no_tokens), "'train_00001.bin' must have at least 1 token, not 0"),
         (json.dumps(escaping), "must be a plain file name"),
     ):
         index_path.write_text(text)
