@@ -25,7 +25,7 @@ def read_index(folder: Path) -> tuple[dict[str, Any], str]:
     path = folder / INDEX_NAME
     try:
         data = path.read_bytes()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise DatasetError(
             f"{folder} holds no token dataset ({INDEX_NAME} is missing): TokenDataset.write makes one"
         ) from None
