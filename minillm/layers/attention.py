@@ -69,7 +69,8 @@ def plain_scaled_dot_product_attention(
     group_rows = (n_heads // n_kv_heads) * query_length
     grouped = query.reshape(*batch, n_kv_heads, group_rows, head_dim)
     scores = grouped @ key.transpose(-2, -1) * (1 / math.sqrt(head_dim) if scale is None else scale)
-    scores = scores.view(*batch, n_heads, query_length, key_length).float()
+    scores = scores.view(*batch, n_heads, query_length, key_length)
+    scores = scores if scores.dtype is torch.float64 else scores.float()
     if bias is not None:
         scores = scores + bias
     allowed = mask

@@ -1,6 +1,8 @@
 """Models: the decoder-only transformer, its config, named configs, and exchange with Hugging Face's layouts."""
 
+from minillm.models import huggingface, presets
 from minillm.models.config import TransformerConfig
+from minillm.models.modes import evaluation_mode
 from minillm.models.transformer import Transformer, TransformerBlock
 
-__all__ = ["Transformer", "TransformerBlock", "TransformerConfig"]
+__all__ = ["Transformer", "TransformerBlock", "TransformerConfig", "evaluation_mode", "huggingface", "presets"]

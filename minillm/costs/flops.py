@@ -1,0 +1,67 @@
+"""Arithmetic of a decoder in closed form: floating-point operations of its matrix products.
+
+What is counted: every matrix product, at ``2 m n k`` operations for (m, k) by (k, n), a multiplication and an addition
+each. What is not: embedding look-ups, norms, activations, softmax, rotary turns, residual sums, the optimizer; together
+a few per cent in a model of some width, and nothing that a machine's matrix-product peak could be compared with.
+
+Attention's two products, ``query key^T`` and ``weights value``, are counted over all seq x seq pairs by default: it is
+what an implementation that masks the scores computes, what ``torch.utils.flop_counter`` counts and what most papers
+report (Narayanan et al. 2021, section 5.1; Chowdhery et al. 2022, appendix B). ``causal=True`` counts the pairs that a
+causal mask lets through, ``seq (seq + 1) / 2``: the least there is to compute, and nearly what flash attention does.
+"""
+
+from minillm.costs.shape import ModelShape, feed_forward_matrices, qkv_width
+
+
+def dense_weights(config: ModelShape) -> int:
+    """Weights that multiply every token: the matrices of all blocks and the output head, tied or not."""
+    heads_width = config.n_heads * config.head_dim
+    attention = config.d_model * (qkv_width(config) + heads_width)
+    feed_forward = feed_forward_matrices(config) * config.d_model * config.d_ff
+    return config.n_layers * (attention + feed_forward) + config.vocab_size * config.d_model
+
+
+def attention_flops_per_pair(config: ModelShape) -> int:
+    """Operations for one query looking at one key, all layers: ``4 n_heads head_dim`` each (score, weighted sum)."""
+    return 4 * config.n_layers * config.n_heads * config.head_dim
+
+
+def forward_flops(config: ModelShape, batch_size: int, seq: int, *, causal: bool = False) -> int:
+    """Operations of one forward pass over (batch_size, seq) tokens, logits at every place; exact."""
+    _positive(batch_size=batch_size, seq=seq)
+    pairs = seq * (seq + 1) // 2 if causal else seq * seq
+    return batch_size * (2 * seq * dense_weights(config) + pairs * attention_flops_per_pair(config))
+
+
+def forward_flops_per_token(config: ModelShape, seq: int, *, causal: bool = False) -> float:
+    """:func:`forward_flops` of a sequence of ``seq`` tokens, divided by its tokens.
+
+    ``2 N + 4 n_layers n_heads head_dim seq`` with ``N`` the :func:`dense_weights` (Kaplan et al. 2020, section 2.1).
+    """
+    return forward_flops(config, 1, seq, causal=causal) / seq
+
+
+def decode_flops_per_token(config: ModelShape, n_cached: int) -> int:
+    """Operations of one generation step for one row: a token that looks at ``n_cached`` others and itself."""
+    if n_cached < 0:
+        raise ValueError(f"n_cached must be at least 0, got {n_cached}")
+    return 2 * dense_weights(config) + (n_cached + 1) * attention_flops_per_pair(config)
+
+
+def training_flops(config: ModelShape, n_tokens: int, *, seq: int | None = None, causal: bool = False) -> float:
+    """Operations of forward and backward over ``n_tokens`` tokens in sequences of ``seq`` (None: context_length).
+
+    Three times the forward pass: the backward pass has two products for each of the forward's, one for the gradient of
+    each factor. About ``6 N`` a token (Kaplan et al. 2020, section 2.1). Nothing recomputed is counted, neither by
+    checkpointing nor within flash attention's backward: these are the model's operations, the numerator of model FLOPs
+    utilisation, not the hardware's.
+    """
+    _positive(n_tokens=n_tokens)
+    seq = config.context_length if seq is None else seq
+    return 3 * n_tokens * forward_flops_per_token(config, seq, causal=causal)
+
+
+def _positive(**values: int) -> None:
+    for name, value in values.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
