@@ -6,4 +6,14 @@ from minillm.plots.curves import loss_curve
 from minillm.plots.style import COLOURS, save, visible
 from minillm.plots.tokens import token_strip
 
-__all__ = ["COLOURS", "attention_map", "bars", "format_bytes", "loss_curve", "memory_bars", "save", "token_strip", "visible"]
+__all__ = [
+    "COLOURS",
+    "attention_map",
+    "bars",
+    "format_bytes",
+    "loss_curve",
+    "memory_bars",
+    "save",
+    "token_strip",
+    "visible",
+]

@@ -18,6 +18,7 @@ from cycler import cycler
 from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from PIL import Image  # matplotlib writes its PNGs with it
 
 # Okabe and Ito's eight colours (2008), told apart with every common kind of colour blindness; the yellow is left out
 # because thin lines in it vanish on white.
@@ -54,7 +55,7 @@ class Picture(Figure):
         buffer = io.BytesIO()
         _write(self, buffer, "png", dpi=self.dpi * 1.5)  # finer than shown, so that it stays sharp on a dense screen
         width, height = self.get_size_inches() * self.dpi
-        return buffer.getvalue(), {"width": round(width), "height": round(height)}
+        return _with_palette(buffer), {"width": round(width), "height": round(height)}
 
 
 @contextlib.contextmanager
@@ -96,6 +97,15 @@ def _write(figure: Figure, file: Any, kind: str, dpi: float) -> None:
     metadata = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}[kind]
     with mpl.rc_context({"svg.hashsalt": "minillm", "svg.fonttype": "path"}):
         figure.savefig(file, format=kind, dpi=dpi, metadata=metadata)
+
+
+def _with_palette(png: io.BytesIO) -> bytes:
+    """The picture in 256 colours: notebooks are committed with their outputs, and this is a third of the bytes."""
+    packed = io.BytesIO()
+    with Image.open(png) as picture:
+        colours = picture.convert("RGB").quantize(256, dither=Image.Dither.NONE)
+        colours.save(packed, "PNG", optimize=True)
+    return packed.getvalue()
 
 
 def as_array(name: str, values: Any) -> np.ndarray[Any, np.dtype[np.float64]]:
