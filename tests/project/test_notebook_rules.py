@@ -11,16 +11,15 @@ from nbformat import NotebookNode
 from minillm.course.notebooks import normalise, notebook_bytes, read_notebook
 
 ROOT = Path(__file__).resolve().parents[2]
-CHAPTERS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-SOLUTIONS = sorted((ROOT / "exercises" / "solutions").glob("*.ipynb"))
-STUDENTS = sorted((ROOT / "exercises").glob("*.ipynb"))
+CHAPTERS, SOLUTIONS, STUDENTS = (
+    sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / folder).glob("*.ipynb"))
+    for folder in ("notebooks", "exercises/solutions", "exercises")
+)
 ALL = [*CHAPTERS, *SOLUTIONS, *STUDENTS]
 
-every_notebook = pytest.mark.parametrize("path", ALL, ids=lambda path: str(path.relative_to(ROOT)))
-executed_notebook = pytest.mark.parametrize(
-    "path", [*CHAPTERS, *SOLUTIONS], ids=lambda path: str(path.relative_to(ROOT))
-)
-chapter = pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+every_notebook = pytest.mark.parametrize("name", ALL)
+executed_notebook = pytest.mark.parametrize("name", [*CHAPTERS, *SOLUTIONS])
+chapter = pytest.mark.parametrize("name", CHAPTERS)
 
 
 def code_cells(notebook: NotebookNode) -> list[NotebookNode]:
@@ -48,22 +47,24 @@ def code_lines(source: str) -> int:
 
 
 @every_notebook
-def test_size(path: Path) -> None:
-    assert path.stat().st_size <= 1_500_000, "above 1.5 MB a notebook is slow to open and GitHub may not show it"
+def test_size(name: str) -> None:
+    assert (ROOT / name).stat().st_size <= 1_500_000, (
+        "above 1.5 MB a notebook is slow to open and GitHub may not show it"
+    )
 
 
 @every_notebook
-def test_is_in_the_normal_form(path: Path) -> None:
-    notebook = read_notebook(path)
+def test_is_in_the_normal_form(name: str) -> None:
+    notebook = read_notebook(ROOT / name)
     assert len({cell.id for cell in notebook.cells}) == len(notebook.cells), "two cells have one id"
-    assert path.read_bytes() == notebook_bytes(normalise(notebook)), (
+    assert (ROOT / name).read_bytes() == notebook_bytes(normalise(notebook)), (
         "write it with minillm.course.notebooks.write_notebook"
     )
 
 
 @every_notebook
-def test_holds_no_path_of_a_machine(path: Path) -> None:
-    notebook = read_notebook(path)
+def test_holds_no_path_of_a_machine(name: str) -> None:
+    notebook = read_notebook(ROOT / name)
     machine = re.compile(r"/(home|root|Users|tmp|private|work|mnt|opt)/\w|\b[A-Z]:\\\w|ipykernel_\d")
     for cell in notebook.cells:
         assert not machine.search(cell.source), f"{cell.id}: {machine.search(cell.source)}"
@@ -72,25 +73,25 @@ def test_holds_no_path_of_a_machine(path: Path) -> None:
 
 
 @every_notebook
-def test_is_plain_python(path: Path) -> None:
+def test_is_plain_python(name: str) -> None:
     """No magics or shell lines: nbval does not notice when one of them fails, and a module could not hold them."""
-    for cell in code_cells(read_notebook(path)):
+    for cell in code_cells(read_notebook(ROOT / name)):
         ast.parse(cell.source, filename=cell.id)
 
 
 @every_notebook
-def test_pictures_are_in_the_notebook(path: Path) -> None:
-    notebook = read_notebook(path)
+def test_pictures_are_in_the_notebook(name: str) -> None:
+    notebook = read_notebook(ROOT / name)
     remote = re.compile(r"!\[[^\]]*\]\(\s*https?:|<(img|script|iframe|link)\b[^>]*https?:", re.IGNORECASE)
     assert not remote.search(prose(notebook))
     assert not [cell_id for cell_id, _, text in outputs(notebook) if remote.search(text)]
     for target in re.findall(r"\]\((?!https?:|#|attachment:)([^)\s]+)\)", prose(notebook)):
-        assert (path.parent / target.split("#")[0]).exists(), f"a link to {target}, which is not there"
+        assert ((ROOT / name).parent / target.split("#")[0]).exists(), f"a link to {target}, which is not there"
 
 
 @executed_notebook
-def test_is_executed_in_order_without_errors(path: Path) -> None:
-    cells = [cell for cell in code_cells(read_notebook(path)) if cell.source.strip()]
+def test_is_executed_in_order_without_errors(name: str) -> None:
+    cells = [cell for cell in code_cells(read_notebook(ROOT / name)) if cell.source.strip()]
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     for cell in cells:
         if "raises-exception" not in cell.metadata.get("tags", []):
@@ -99,9 +100,9 @@ def test_is_executed_in_order_without_errors(path: Path) -> None:
 
 
 @every_notebook
-def test_widgets_have_a_still_picture_beside_them(path: Path) -> None:
+def test_widgets_have_a_still_picture_beside_them(name: str) -> None:
     """Where no kernel runs (GitHub, paper) a widget is a line of text."""
-    notebook = read_notebook(path)
+    notebook = read_notebook(ROOT / name)
     widgets = [cell_id for cell_id, kind, _ in outputs(notebook) if kind == "application/vnd.jupyter.widget-view+json"]
     pictures = sum("image/png" in o.get("data", {}) for cell in code_cells(notebook) for o in cell.outputs)
     assert not widgets or pictures
@@ -109,8 +110,8 @@ def test_widgets_have_a_still_picture_beside_them(path: Path) -> None:
 
 
 @chapter
-def test_a_chapter_is_a_lesson(path: Path) -> None:
-    notebook = read_notebook(path)
+def test_a_chapter_is_a_lesson(name: str) -> None:
+    notebook = read_notebook(ROOT / name)
     lengths = {cell.id: code_lines(cell.source) for cell in code_cells(notebook)}
     long = {cell_id: n for cell_id, n in lengths.items() if n > 20}
     assert not long, f"cells of more than 20 lines of code: {long}"
@@ -122,8 +123,8 @@ def test_a_chapter_is_a_lesson(path: Path) -> None:
 
 
 @chapter
-def test_a_chapter_begins_with_its_title_and_says_what_it_takes(path: Path) -> None:
-    notebook = read_notebook(path)
+def test_a_chapter_begins_with_its_title_and_says_what_it_takes(name: str) -> None:
+    notebook = read_notebook(ROOT / name)
     first = notebook.cells[0]
     assert first.cell_type == "markdown"
     assert re.match(r"# \S", first.source)
@@ -135,6 +136,6 @@ def test_a_chapter_begins_with_its_title_and_says_what_it_takes(path: Path) -> N
 
 
 @chapter
-def test_a_chapter_does_not_stop_on_two_code_cells_without_a_word(path: Path) -> None:
-    kinds = "".join("m" if cell.cell_type == "markdown" else "c" for cell in read_notebook(path).cells)
+def test_a_chapter_does_not_stop_on_two_code_cells_without_a_word(name: str) -> None:
+    kinds = "".join("m" if cell.cell_type == "markdown" else "c" for cell in read_notebook(ROOT / name).cells)
     assert "ccc" not in kinds, "three code cells in a row, with no sentence on what to notice"
