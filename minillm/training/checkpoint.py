@@ -164,7 +164,8 @@ def save_checkpoint(
     temporary.rename(final)
     fsync(folder)
     if keep is not None:
-        _prune(folder, step, keep)
+        remove_old_checkpoints(folder, step, keep)
+        _remove_damaged_after(folder, step)
     return final
 
 
@@ -232,12 +233,18 @@ def _is_damaged(path: Path) -> bool:
     return False
 
 
-def _prune(folder: Path, step: int, keep: int) -> None:
-    steps = checkpoint_steps(folder)
-    for older in [number for number in steps if number <= step][:-keep]:
+def remove_old_checkpoints(folder: str | Path, step: int, keep: int) -> None:
+    """Remove all but the `keep` newest checkpoints up to `step`, and what killed writers left half written or half
+    removed. `save_checkpoint` does it; a run that is gone on with does it for the save that was killed."""
+    folder = Path(folder)
+    _remove_leftovers(folder)
+    for older in [number for number in checkpoint_steps(folder) if number <= step][:-keep]:
         _remove(folder / f"step_{older:08d}")
-    for later in (number for number in steps if number > step):
-        if _is_damaged(folder / f"step_{later:08d}"):
+
+
+def _remove_damaged_after(folder: Path, step: int) -> None:
+    for later in checkpoint_steps(folder):
+        if later > step and _is_damaged(folder / f"step_{later:08d}"):
             _remove(folder / f"step_{later:08d}")
 
 

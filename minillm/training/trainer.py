@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from minillm.models.modes import evaluation_mode
 from minillm.optim import AdamW, parameter_groups, warmup_cosine
-from minillm.training.checkpoint import checkpoint_steps, load_checkpoint, save_checkpoint
+from minillm.training.checkpoint import checkpoint_steps, load_checkpoint, remove_old_checkpoints, save_checkpoint
 from minillm.training.config import TrainingConfig
 from minillm.training.interrupt import Interrupt, interruptible
 from minillm.training.lock import exclusive
@@ -190,6 +190,7 @@ class Trainer:
         if checkpoint.data is not None:
             self.train_data.load_state_dict(checkpoint.data)
         self.step, self._checkpoint = checkpoint.step, checkpoint.path
+        remove_old_checkpoints(checkpoint.path.parent, self.step, self.config.keep_checkpoints)
         self._report.tokens, self._report.seconds = checkpoint.config["tokens"], checkpoint.config["seconds"]
         now, then = self.config.to_dict(), checkpoint.config["training"]
         changes = [
