@@ -44,6 +44,7 @@ def bars(
                 axes.set_xlim(smallest / 10, largest * (largest / smallest) ** 0.25 * 10)
             else:
                 axes.set_xlim(0, (largest or 1.0) * 1.25)
+                axes.xaxis.set_major_formatter("{x:,g}")
             axes.set_xlabel(xlabel)
             axes.grid(False, axis="y")
             for text in axes.get_yticklabels():

@@ -45,7 +45,7 @@ def loss_curve(
         if title:
             axes.set_title(title, parse_math=False)
         if len(series) > 1:
-            axes.legend(loc="upper right")
+            axes.legend(loc="best")
     return figure
 
 
