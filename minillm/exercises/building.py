@@ -2,8 +2,8 @@
 
 Solutions become ``raise NotImplementedError("Exercise 2.1: ...")`` at the solution's indentation, with the code around
 it kept; hidden tests go; answers lose their outputs, everything else keeps them (nbval compares what checks print with
-these). The same source gives the same bytes, and a student's work is never overwritten unless asked, and then kept
-beside.
+these). Front ends let a student run checks and setup but not edit them, as nbgrader has it. The same source gives the same
+bytes, and a student's work is never overwritten unless asked, and then kept beside.
 """
 
 import copy
@@ -23,6 +23,10 @@ def generate(exercise: Exercise) -> NotebookNode:
     notebook = copy.deepcopy(exercise.notebook)
     for cell in notebook.cells:
         kind = role(cell)
+        if kind != "text":
+            cell.metadata["deletable"] = False
+            if kind != "answer":
+                cell.metadata["editable"] = False
         if kind == "answer":
             part = exercise.part(cell.metadata["minillm"]["part"])
             cell.source = stub(cell.source, part)
@@ -59,7 +63,7 @@ def build(
     written = []
     for source in sources(place) if name is None else [find_source(name, place)]:
         if execute:
-            write_notebook(run_notebook(read_notebook(source), folder=place), source)
+            _execute(source, place)
         exercise = load(source)
         content = notebook_bytes(generate(exercise))
         target = exercise.student_path
@@ -75,6 +79,15 @@ def build(
         write_atomically(target, content)
         written.append(target)
     return written
+
+
+def _execute(source: Path, folder: Path) -> None:
+    from nbclient.exceptions import CellControlSignal, DeadKernelError  # half a second to import
+
+    try:
+        write_notebook(run_notebook(read_notebook(source), folder=folder), source)
+    except (CellControlSignal, DeadKernelError) as error:
+        raise ValueError(f"{source.name}: the solution does not run: {str(error).strip().splitlines()[-1]}") from error
 
 
 def students_work(path: Path) -> list[str]:

@@ -3,15 +3,21 @@
 Each submission is judged in a process of its own, in a temporary folder, with its time and memory bounded, the hidden
 tests included and one fresh seed for all. A submission that crashes, loops or is no notebook gets a row that says so
 and costs nobody else anything. The submissions themselves are only read.
+
+Students' code runs here with the rights of whoever grades: limits keep accidents in, not malice. Grade strangers' code
+in a container, or as a user who owns nothing.
 """
 
 import csv
 import io
 import random
 import re
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+
+from tqdm import tqdm
 
 from minillm.course.notebooks import write_atomically
 from minillm.exercises.assemble import assemble
@@ -65,7 +71,7 @@ def grade(
         output: the CSV file.
         exercise: which exercise all of them answer; if None, told from each file's name or its cells.
         timeout: seconds a submission may take; each cell gets its share, so that a loop in one part leaves time for the
-        others. memory_mb: address space of a submission's processes (bounded on Linux only).
+        others. memory_mb: memory of each of a submission's processes (bounded on Linux only).
         jobs: submissions judged at the same time.
         seed: the seed of all random inputs; a random one if None (the table says which).
         folder: the exercises folder; by default ``./exercises`` or the clone's own.
@@ -83,13 +89,17 @@ def grade(
     known = [load(source) for source in sources(place)] if exercise is None else [find_exercise(exercise, place)]
     seed = random.SystemRandom().randrange(1, 100_000) if seed is None else seed
 
+    stop = threading.Event()
+    notebooks = _notebooks(root)
+
     def row_of(path: Path) -> Row:
-        return _grade_one(path, root, known, timeout=timeout, memory_mb=memory_mb, seed=seed)
+        return _grade_one(path, root, known, timeout=timeout, memory_mb=memory_mb, seed=seed, stop=stop)
 
     with ThreadPoolExecutor(max_workers=jobs) as pool:
         try:
-            rows = tuple(pool.map(row_of, _notebooks(root)))
+            rows = tuple(tqdm(pool.map(row_of, notebooks), total=len(notebooks), unit="notebook", disable=None))
         except BaseException:
+            stop.set()  # Ctrl-C: what is being judged ends now, with its kernels
             pool.shutdown(wait=True, cancel_futures=True)
             raise
     return Grades(write_atomically(Path(output), _table(rows, seed)), rows, seed)
@@ -101,7 +111,9 @@ def _notebooks(root: Path) -> list[Path]:
     ]
 
 
-def _grade_one(path: Path, root: Path, known: list[Exercise], *, timeout: float, memory_mb: int, seed: int) -> Row:
+def _grade_one(
+    path: Path, root: Path, known: list[Exercise], *, timeout: float, memory_mb: int, seed: int, stop: threading.Event
+) -> Row:
     relative = path.relative_to(root)
     exercise = None
     try:
@@ -112,7 +124,7 @@ def _grade_one(path: Path, root: Path, known: list[Exercise], *, timeout: float,
         name = exercise.name if exercise else ""
         return Row(_student(relative, name), name, str(relative), 0.0, maximum, {}, str(error))
     cell_timeout = max(1.0, timeout / (len(exercise.parts) + 1))
-    run = judge_notebook(notebook, cell_timeout=cell_timeout, timeout=timeout, memory_mb=memory_mb)
+    run = judge_notebook(notebook, cell_timeout=cell_timeout, timeout=timeout, memory_mb=memory_mb, stop=stop)
     report = report_of(exercise, notebook, run, path=path, seed=seed)
     return Row(
         student=_student(relative, exercise.name),

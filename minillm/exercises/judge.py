@@ -65,6 +65,10 @@ class JudgedFile(IPyNbFile):  # type: ignore[misc]  # nbval is not typed
     def start_kernel(self) -> None:
         self.kernel = WatchedKernel(self.path.parent, self.config.option.nbval_kernel_startup_timeout)
 
+    def teardown(self) -> None:
+        if self.kernel is not None:
+            self.kernel.stop()
+
     def prepare(self, part: str | None) -> None:
         """Before a cell of ``part`` runs: see that other parts that failed are solved, and that there is a kernel."""
         timeout = self.config.option.nbval_cell_timeout

@@ -20,9 +20,7 @@ _LINES = pytest.StashKey[IO[str]]()
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("exercises")
     group.addoption("--exercise-report", type=Path, required=True, help="JSON lines are written here")
-    group.addoption(
-        "--exercise-memory-mb", type=int, default=None, help="address space of this process and each kernel"
-    )
+    group.addoption("--exercise-memory-mb", type=int, default=None, help="memory of this process and of each kernel")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -33,13 +31,16 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _limit(memory_mb: int) -> None:
-    """Address space, core files and the size of any file written. Kernels inherit this. Windows has no such limits."""
+    """Memory, core files and the size of any file written; kernels inherit this. Windows has no such limits.
+
+    RLIMIT_DATA and not RLIMIT_AS: libraries and CUDA reserve address space by the gigabyte that they never touch.
+    """
     try:
         import resource
     except ImportError:
         return
     wanted = {
-        resource.RLIMIT_AS: memory_mb * 2**20,
+        resource.RLIMIT_DATA: memory_mb * 2**20,
         resource.RLIMIT_CORE: 0,
         resource.RLIMIT_FSIZE: 2**30,
     }
@@ -50,7 +51,7 @@ def _limit(memory_mb: int) -> None:
         try:
             resource.setrlimit(kind, (value, value))
         except (ValueError, OSError):
-            continue  # macOS refuses RLIMIT_AS
+            continue  # a system that knows the limit but refuses to set it
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,14 +31,22 @@ class Run:
     trouble: str = ""  # why there is nothing more: killed after so many seconds, or it could not start
 
 
-def judge_notebook(notebook: NotebookNode, *, cell_timeout: float, timeout: float, memory_mb: int | None = None) -> Run:
+def judge_notebook(
+    notebook: NotebookNode,
+    *,
+    cell_timeout: float,
+    timeout: float,
+    memory_mb: int | None = None,
+    stop: threading.Event | None = None,
+) -> Run:
     """Judge ``notebook`` (from :func:`minillm.exercises.assemble.assemble`) in a temporary folder.
 
     Args:
         notebook: the assembled notebook.
         cell_timeout: seconds a cell may run.
         timeout: seconds the whole may take beside start-up; after that the process and its kernels are killed.
-        memory_mb: address space for each process, where the system can bound it (Linux).
+        memory_mb: memory for each process, where the system can bound it (Linux).
+        stop: set from another thread, it ends the judging at once.
     """
     with tempfile.TemporaryDirectory(prefix="minillm-exercise-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
@@ -62,11 +72,8 @@ def judge_notebook(notebook: NotebookNode, *, cell_timeout: float, timeout: floa
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-            trouble = ""
             try:
-                process.wait(timeout=timeout + _START_UP)
-            except subprocess.TimeoutExpired:
-                trouble = f"stopped after {timeout + _START_UP:.0f} s"
+                trouble = _wait(process, timeout + _START_UP, stop)
             finally:
                 _kill_group(process.pid)
                 process.wait()
@@ -80,6 +87,20 @@ def judge_notebook(notebook: NotebookNode, *, cell_timeout: float, timeout: floa
         if not run.cells and not trouble:
             run.trouble = "could not be judged: " + (folder / "log").read_text(errors="replace").strip()[-600:]
         return run
+
+
+def _wait(process: subprocess.Popen[bytes], seconds: float, stop: threading.Event | None) -> str:
+    """Wait for the end, and say why it did not come, if it did not."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            process.wait(timeout=0.2)
+            return ""
+        except subprocess.TimeoutExpired:
+            if stop is not None and stop.is_set():
+                return "interrupted"
+            if time.monotonic() > deadline:
+                return f"stopped after {seconds:.0f} s"
 
 
 def _lines(report: Path) -> Iterator[dict[str, Any]]:

@@ -25,6 +25,8 @@ def test_solutions_become_stubs_that_say_what_to_write(student):
             assert "SOLUTION" not in cell.source
             assert "HIDDEN" not in cell.source
             assert "negative numbers" not in cell.source
+            assert cell.metadata["deletable"] is False
+            assert cell.metadata.get("editable", True) is (role(cell) == "answer")
         if role(cell) == "answer":
             assert (cell.outputs, cell.execution_count) == ([], None)
             assert "hints" not in cell.metadata["minillm"]
@@ -52,6 +54,15 @@ def test_executing_the_source_saves_its_outputs(exercises):
     with pytest.raises(ValueError, match="not executed"):
         build("90", folder=exercises)
     build("90", execute=True, folder=exercises)
+    assert source.read_bytes() == before
+
+
+def test_a_solution_that_does_not_run_is_named_and_nothing_is_written(student):
+    source = student.folder / "solutions" / "90_numbers.ipynb"
+    source.write_text(source.read_text().replace("return total(numbers) / len(numbers)", "return total(numbers) / 0"))
+    before = source.read_bytes()
+    with pytest.raises(ValueError, match=r"90_numbers.ipynb: the solution does not run: ZeroDivisionError"):
+        build("90", execute=True, folder=student.folder)
     assert source.read_bytes() == before
 
 

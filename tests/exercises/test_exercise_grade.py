@@ -3,10 +3,14 @@
 import csv
 import json
 import os
+import threading
 
 import pytest
 
 from minillm.exercises import grade
+from minillm.exercises.assemble import assemble, solved
+from minillm.exercises.folder import find_exercise
+from minillm.exercises.run import judge_notebook
 
 
 @pytest.fixture
@@ -86,6 +90,15 @@ def test_each_submission_costs_only_its_own_points(student, hand_in, tmp_path):
 def _touch_after_parent(marker) -> str:
     """A program that outlives the kernel unless it is killed with it, and then leaves a mark."""
     return f"import os, time\nwhile os.getppid() > 1: time.sleep(0.01)\nopen({str(marker)!r}, 'w')"
+
+
+def test_judging_ends_at_once_when_told_to(student):
+    exercise = find_exercise("90", student.folder)
+    stop = threading.Event()
+    stop.set()
+    run = judge_notebook(assemble(exercise, solved(exercise)), cell_timeout=600, timeout=600, stop=stop)
+    assert run.trouble == "interrupted"
+    assert run.cells == []
 
 
 @pytest.mark.parametrize(
