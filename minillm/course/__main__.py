@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from minillm.course.check import check_notebooks
-from minillm.course.index import load_course, problems, readme
+from minillm.course.index import load_course, picture, problems, readme
 from minillm.course.notebooks import write_atomically
 
 ROOT = click.option(
@@ -25,7 +25,7 @@ def main() -> None:
 @main.command("readme")
 @ROOT
 def write_readme(root: Path) -> None:
-    """Write the tables of README.md anew from course.toml.
+    """Write the tables of README.md anew from course.toml, and its pictures from the notebooks.
 
     \b
     Example:
@@ -35,6 +35,8 @@ def write_readme(root: Path) -> None:
         course = load_course(root)
         path = root / "README.md"
         write_atomically(path, readme(path.read_text(encoding="utf-8"), course).encode())
+        for row in course.pictures:
+            write_atomically(root / row.file, picture(course, row))
     except (ValueError, OSError) as error:
         raise click.ClickException(str(error)) from error
     for problem in problems(course):

@@ -5,10 +5,13 @@ written when its notebook exists, and a technique's notebook and exercise are th
 says what in the index is untrue, and :func:`readme` writes the two tables of README.md from it.
 """
 
+import base64
 import tomllib
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
+
+from minillm.course.notebooks import read_notebook
 
 CHAPTERS = ("<!-- chapters: begin -->", "<!-- chapters: end -->")
 COVERAGE = ("<!-- coverage: begin -->", "<!-- coverage: end -->")
@@ -64,6 +67,15 @@ class Support:
 
 
 @dataclass(frozen=True)
+class Picture:
+    """README's picture: a copy in ``file`` of what the cell with id ``cell`` of ``notebook`` draws."""
+
+    file: str
+    notebook: str
+    cell: str
+
+
+@dataclass(frozen=True)
 class Course:
     """The content of ``course.toml``, and the repository folder that its paths are relative to."""
 
@@ -71,6 +83,7 @@ class Course:
     chapters: tuple[Chapter, ...]
     techniques: tuple[Technique, ...]
     support: tuple[Support, ...]
+    pictures: tuple[Picture, ...]
 
     @property
     def rows(self) -> tuple[Technique | Support, ...]:
@@ -99,14 +112,15 @@ def load_course(root: Path | str) -> Course:
         raise ValueError(f"there is no {path}: the course index belongs at the top of the repository") from None
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path}: {error}") from None
-    unknown = sorted(set(content) - {"chapter", "technique", "support"})
+    unknown = sorted(set(content) - {"chapter", "technique", "support", "picture"})
     if unknown:
-        raise ValueError(f"{path}: unknown section {unknown[0]!r}; allowed are chapter, technique, support")
+        raise ValueError(f"{path}: unknown section {unknown[0]!r}; allowed are chapter, technique, support, picture")
     course = Course(
         root,
         _rows(Chapter, content.get("chapter", []), path),
         _rows(Technique, content.get("technique", []), path),
         _rows(Support, content.get("support", []), path),
+        _rows(Picture, content.get("picture", []), path),
     )
     numbers = [chapter.number for chapter in course.chapters]
     if numbers != list(range(len(numbers))):
@@ -116,7 +130,7 @@ def load_course(root: Path | str) -> Course:
     return course
 
 
-Row = TypeVar("Row", Chapter, Technique, Support)
+Row = TypeVar("Row", Chapter, Technique, Support, Picture)
 
 
 def _rows(kind: type[Row], tables: list[dict[str, Any]], path: Path) -> tuple[Row, ...]:
@@ -214,3 +228,12 @@ def readme(text: str, course: Course) -> str:
         before, _, rest = text.partition(begin)
         text = f"{before}{begin}\n{table}\n{end}{rest.partition(end)[2]}"
     return text
+
+
+def picture(course: Course, row: Picture) -> bytes:
+    """The PNG that the notebook has saved under that cell; ``ValueError`` when it has none."""
+    for cell in read_notebook(course.root / row.notebook).cells:
+        for output in cell.get("outputs", []) if cell.id == row.cell else []:
+            if "image/png" in output.get("data", {}):
+                return base64.b64decode(output.data["image/png"])
+    raise ValueError(f"{row.notebook} has no picture under a cell {row.cell!r}, which course.toml wants in {row.file}")

@@ -1,13 +1,24 @@
 """course.toml is true, README's tables are made from it, and untruths are noticed."""
 
 import shutil
+from base64 import b64encode
 from pathlib import Path
 
+import nbformat
 import pytest
 from click.testing import CliRunner
 
 from minillm.course.__main__ import main
-from minillm.course.index import CHAPTERS, COVERAGE, chapter_table, coverage_table, load_course, problems, readme
+from minillm.course.index import (
+    CHAPTERS,
+    COVERAGE,
+    chapter_table,
+    coverage_table,
+    load_course,
+    picture,
+    problems,
+    readme,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -58,6 +69,13 @@ def test_the_index_is_true() -> None:
 def test_the_readme_is_made_from_the_index() -> None:
     text = (ROOT / "README.md").read_text()
     assert text == readme(text, load_course(ROOT)), "README.md's tables differ from course.toml: run `make readme`"
+
+
+def test_the_readmes_pictures_are_the_notebooks() -> None:
+    course = load_course(ROOT)
+    for row in course.pictures:
+        assert f"]({row.file})" in (ROOT / "README.md").read_text()
+        assert (ROOT / row.file).read_bytes() == picture(course, row), "run `make readme`"
 
 
 def test_the_chapters_are_the_23_of_the_plan() -> None:
@@ -172,6 +190,21 @@ def test_readme_without_a_marker_is_refused(repository: Path, marker: str) -> No
     for text in (README.replace(marker, ""), README + marker):
         with pytest.raises(ValueError, match=r"README\.md must hold"):
             readme(text, load_course(repository))
+
+
+def test_the_command_copies_pictures_out_of_notebooks(repository: Path) -> None:
+    index = COURSE + '[[picture]]\nfile = "images/a.png"\nnotebook = "notebooks/00_quickstart.ipynb"\ncell = "curve"\n'
+    (repository / "course.toml").write_text(index)
+    drawn = nbformat.v4.new_output("display_data", {"image/png": b64encode(b"a picture").decode(), "text/plain": "?"})
+    cell = nbformat.v4.new_code_cell("draw()", id="curve", outputs=[nbformat.v4.new_output("stream", text="!"), drawn])
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), repository / "notebooks/00_quickstart.ipynb")
+    result = CliRunner().invoke(main, ["readme", "--root", str(repository)])
+    assert result.exit_code == 0, result.output
+    assert (repository / "images/a.png").read_bytes() == b"a picture"
+    (repository / "course.toml").write_text(index.replace('"curve"', '"other"'))
+    result = CliRunner().invoke(main, ["readme", "--root", str(repository)])
+    assert result.exit_code == 1
+    assert "no picture under a cell 'other'" in result.output
 
 
 def test_the_command_writes_the_readme(repository: Path) -> None:
