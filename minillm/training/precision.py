@@ -48,7 +48,8 @@ def resolve_precision(name: str, device: torch.device) -> str:
     if device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
     if device.type == "cpu":
-        return "bf16" if torch.cpu.get_capabilities().get("amx_bf16") else "fp32"
+        capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older PyTorch does not say: fp32 then
+        return "bf16" if capabilities.get("amx_bf16") else "fp32"
     return "fp32"
 
 
