@@ -326,6 +326,7 @@ class MultiHeadAttention(nn.Module):
             query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         if cache is not None:
             key, value = cache.append(key, value)
+            query = query.to(key.dtype)  # under autocast the cache may hold a wider dtype
         dropout = self.dropout if self.training else 0.0
         attended = scaled_dot_product_attention(
             query, key, value, mask=mask, bias=bias, causal=causal, dropout=dropout, return_weights=return_weights

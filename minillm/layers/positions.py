@@ -26,7 +26,13 @@ class LearnedPositions(nn.Module):
 
     def forward(self, positions: Tensor) -> Tensor:
         """Vectors for int64 ``positions`` of any shape: (...) to (..., d_model)."""
-        return nn.functional.embedding(positions, self.weight)
+        try:
+            return nn.functional.embedding(positions, self.weight)
+        except IndexError:
+            low, high = int(positions.min()), int(positions.max())
+            raise ValueError(
+                f"positions must be in [0, {self.weight.size(0)}) (context_length), got values from {low} to {high}"
+            ) from None
 
     def span(self, start: int, length: int) -> Tensor:
         """Vectors of positions ``start .. start + length - 1``, (length, d_model): a slice, not a look-up."""
@@ -157,7 +163,6 @@ class RotaryEmbedding(nn.Module):
 
     def cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines of the angles, float32: positions (...) to twice (..., head_dim / 2)."""
-        # Autocast would take the product as it is, but a caller's lower-precision positions must not round the angle.
         angles = positions.to(torch.float32).unsqueeze(-1) * self.inverse_frequency
         return angles.cos(), angles.sin()
 

@@ -109,6 +109,7 @@ def test_frequencies_stay_exact_through_casts_copies_and_meta_and_out_of_the_sta
         (lambda: RotaryEmbedding(8)(torch.zeros(2, 3, 4, 6), torch.arange(4)), ValueError, "head_dim=8"),
         (lambda: RotaryEmbedding(8)(torch.zeros(2, 3, 4, 8), torch.arange(3)), ValueError, r"positions must be \(seq,"),
         (lambda: LearnedPositions(0, 4), ValueError, "at least 1"),
+        (lambda: LearnedPositions(8, 4)(torch.tensor([3, 8])), ValueError, r"positions must be in \[0, 8\) .* 3 to 8"),
         (lambda: LearnedPositions(8, 4).span(5, 4), ValueError, "positions 5 to 8 asked for, of 8"),
     ],
 )
