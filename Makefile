@@ -32,9 +32,11 @@ help:
 setup:
 	@$(SETUP) $(VENV) $(EXTRAS) constraints.txt
 
-# PATH, so that `minillm` and `pytest` are found in JupyterLab's own terminals.
+# PATH, so that `minillm` and `pytest` are found in JupyterLab's own terminals. The root is said, and the notebook given
+# as a URL, because the file list would otherwise show notebooks/ only, and the printed address would not lead to it.
 lab: setup
-	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PYTHON_IN) -m jupyter lab --ip=127.0.0.1 $(ROOT) $(LAB_ARGS) notebooks/00_quickstart.ipynb
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PYTHON_IN) -m jupyter lab --ip=127.0.0.1 $(ROOT) \
+		--ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=/lab/tree/notebooks/00_quickstart.ipynb $(LAB_ARGS)
 
 run: setup
 	$(PYTHON_IN) -m minillm train --preset tiny --out runs/quickstart --figures

@@ -31,6 +31,7 @@ venv)
 pip)
     while [ "$1" != --log ]; do shift; done
     case "$FAKE" in
+    stopped) kill -TERM $PPID; exit 1 ;;
     pip-killed) echo half > .venv/half-copied; kill -9 $PPID ;;
     no-network) echo "NewConnectionError: Failed to establish a new connection" > "$2"; exit 1 ;;
     disk-full) echo "ERROR: [Errno 28] No space left on device" > "$2"; exit 1 ;;
@@ -244,6 +245,14 @@ def test_a_killed_setup_is_started_afresh(clone: Clone, moment: str) -> None:
     assert not (clone.venv / "half-copied").exists()
     assert not clone.marker_exists()
     assert clone.setup().stderr == ""
+
+
+def test_a_stopped_setup_says_so_and_is_started_afresh(clone: Clone) -> None:
+    stopped = clone.setup("stopped")
+    assert stopped.returncode == 130
+    assert "interrupted. To finish, run make lab again." in stopped.stderr
+    assert clone.marker_exists()
+    assert "starting the environment afresh" in clone.setup().stderr
 
 
 def test_an_environment_that_cannot_be_made_leaves_nothing(clone: Clone) -> None:
