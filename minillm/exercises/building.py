@@ -2,8 +2,8 @@
 
 Solutions become ``raise NotImplementedError("Exercise 2.1: ...")`` at the solution's indentation, with the code around
 it kept; hidden tests go; answers lose their outputs, everything else keeps them (nbval compares what checks print with
-these). Front ends let a student run checks and setup but not edit them, as nbgrader has it. The same source gives the same
-bytes, and a student's work is never overwritten unless asked, and then kept beside.
+these). Front ends let a student run checks and setup but not edit them, as nbgrader has it. The same source gives the
+same bytes, and a student's work is never overwritten unless asked, and then kept beside.
 """
 
 import copy
@@ -16,6 +16,7 @@ from minillm.course.notebooks import node, notebook_bytes, read_notebook, write_
 from minillm.exercises.folder import find_folder, find_source, load, sources
 from minillm.exercises.format import HIDDEN, Exercise, fingerprint, replace_regions, role, stub
 from minillm.exercises.submission import read_cells
+from minillm.exercises.wording import without_colours
 
 
 def generate(exercise: Exercise) -> NotebookNode:
@@ -87,7 +88,8 @@ def _execute(source: Path, folder: Path) -> None:
     try:
         write_notebook(run_notebook(read_notebook(source), folder=folder), source)
     except (CellControlSignal, DeadKernelError) as error:
-        raise ValueError(f"{source.name}: the solution does not run: {str(error).strip().splitlines()[-1]}") from error
+        said = without_colours(str(error)).strip().splitlines()[-1]
+        raise ValueError(f"{source.name}: the solution does not run: {said}") from error
 
 
 def students_work(path: Path) -> list[str]:

@@ -12,6 +12,11 @@ LONGEST = 400
 """Characters of any sentence that is shown: a whole tensor in a message must not bury it."""
 
 
+def without_colours(text: str) -> str:
+    """``text`` without the terminal colours that IPython puts into tracebacks."""
+    return _ANSI.sub("", text)
+
+
 def shorten(message: str) -> str:
     """One line of at most ``LONGEST`` characters."""
     message = " ".join(message.split())
@@ -43,7 +48,7 @@ def of_exception(name: str, text: str, *, defines: Collection[str] = (), place: 
 def place_in(answer: str, traceback: str) -> str:
     """The line of ``answer`` that an IPython traceback ends in, to put behind a message; empty if it passes none."""
     lines = [line.strip() for line in answer.splitlines()]
-    for arrow in reversed(_ARROW.findall(_ANSI.sub("", traceback))):
+    for arrow in reversed(_ARROW.findall(without_colours(traceback))):
         code = arrow.strip()
         if code and code in lines:
             return f" (line {lines.index(code) + 1} of your answer: {first_line(code)})"

@@ -5,6 +5,11 @@ import os
 import pytest
 
 from minillm.exercises import check
+from minillm.exercises.assemble import assemble
+from minillm.exercises.checking import report_of
+from minillm.exercises.folder import find_exercise
+from minillm.exercises.run import Run
+from minillm.exercises.submission import read_submission
 
 
 def status(report):
@@ -36,23 +41,51 @@ def test_answers_that_hang_die_flood_and_exit_cost_only_their_own_part(student):
     assert "1 of 5 parts passed" in report.render()
 
 
-def test_answers_that_are_refused_broken_or_wrong(student):
-    path = student.answer(
-        p1="def total(numbers):\n    return sum(numbers)",
-        p2="def mean(numbers):\n    return total(numbers) / len(numbers",
-        p3="def largest(numbers):\n    return 3",
-        p4="def tiniest(numbers):\n    return 1",
-    )
-    report = check(str(path), folder=student.folder, seed=7)
-    assert status(report) == dict.fromkeys(["90.1", "90.2", "90.3", "90.4"], "failed") | {"90.5": "not started"}
-    assert message(report, "90.1") == "line 2 of your answer uses sum: that is what this part asks you to build"
-    assert message(report, "90.2").startswith("line 2 of your answer is not Python ('(' was never closed)")
-    assert message(report, "90.3") == "the check should print 'largest: 4', but printed 'largest: 3'"
-    assert message(report, "90.4") == "your answer does not define smallest: was it renamed?"
-    text = report.render()
-    assert "90.5  The middle    not started\n" in text
-    assert "hint: Which numbers does it start with? (more: minillm exercises hint 90.1 --level 2)" in text
-    assert "0 of 5 parts passed (seed 7)." in text
+def test_the_report_gives_each_part_a_line_and_what_failed_a_hint(student):
+    """Of judged cells as a kernel's run reports them; the last check never came, since the judging was stopped."""
+    outcomes = {
+        "answer-90-1": ("failed", "line 2 of your answer uses sum: that is what this part asks you to build"),
+        "check-90-1": ("skipped", "90.1 has failed before"),
+        "answer-90-2": ("passed", ""),
+        "check-90-2": ("passed", ""),
+        "check-90-2-one": ("failed", "the mean of one number is that number"),
+        "answer-90-3": ("passed", ""),
+        "check-90-3": ("passed", ""),
+        "answer-90-4": ("failed", "not started: return the smallest number"),
+        "check-90-4": ("skipped", "90.4 has failed before"),
+        "answer-90-5": ("passed", ""),
+    }
+    exercise = find_exercise("90", student.folder)
+    notebook = assemble(exercise, read_submission(student.path, exercise))
+    cells = [
+        {"cell": name, "role": name.partition("-")[0], "part": f"90.{name.split('-')[2]}", "outcome": o, "message": m}
+        for name, (o, m) in outcomes.items()
+    ]
+    run = Run(cells, notes=["your own cell 'x': NameError"], trouble="stopped after 9 s")
+    report = report_of(exercise, notebook, run, path=student.path, seed=7)
+    assert [(part.status, part.points) for part in report.parts] == [
+        ("failed", 0),
+        ("failed", 1),
+        ("passed", 1),
+        ("not started", 0),
+        ("not judged", 0),
+    ]
+    hint = "hint: Which numbers does it start with? (more: minillm exercises hint"
+    assert report.render().splitlines() == [
+        "90_numbers: Numbers",
+        f"  90.1  The sum       not yet: {outcomes['answer-90-1'][1]}",
+        f"                      {hint} 90.1 --level 2)",
+        "  90.2  The mean      not yet: the mean of one number is that number",
+        f"                      {hint} 90.2 --level 2)",
+        "  90.3  The largest   passed",
+        "  90.4  The smallest  not started",
+        "                      hint: minillm exercises hint 90.4",
+        "  90.5  The middle    not judged: stopped after 9 s",
+        "                      hint: minillm exercises hint 90.5",
+        "  note: your own cell 'x': NameError",
+        "  note: stopped after 9 s",
+        "1 of 5 parts passed (seed 7).",
+    ]
 
 
 def test_an_honest_notebook_passes_however_untidy(student):

@@ -14,7 +14,12 @@ def test_nbval_judges_by_the_pristine_cells(student):
                 cell["source"] = "print('largest: 3')"
                 cell["outputs"][0]["text"] = "largest: 3\n"
 
-    student.answer(p2=student.right["p2"], p3="def largest(numbers):\n    print('hm')\n    return 3")
+    student.answer(
+        p1="def total(numbers):\n    return sum(numbers)",
+        p2=student.right["p2"],
+        p3="def largest(numbers):\n    print('hm')\n    return 3",
+        p4="def tiniest(numbers):\n    return min(numbers",
+    )
     student.edit(save_wrong_outputs)
     source = student.folder / "solutions" / "90_numbers.ipynb"
     source.with_name("91_broken.ipynb").write_text(source.read_text().replace('"90.', '"91.'))
@@ -26,9 +31,11 @@ def test_nbval_judges_by_the_pristine_cells(student):
     run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, cwd=student.folder)
     out = run.stdout
 
-    assert '90.1 The sum: not started: return the sum of the "numbers"' in out
+    assert "90.1 The sum: line 2 of your answer uses sum: that is what this part asks you to build" in out
     assert "90.3 The largest: the check should print 'largest: 4', but printed 'largest: 3'" in out
-    assert "::90.2 check-90-2 PASSED" in out  # with the source's `total`, since 90.1 is not there yet
+    assert "::90.2 check-90-2 PASSED" in out  # with the source's `total`, since the student's is refused
+    assert "90.4 The smallest: line 2 of your answer is not Python ('(' was never closed): return min(numbers" in out
+    assert "90.5 The middle: not started: return the middle number" in out
     assert "::90.5 check SKIPPED" in out
     assert "its JSON is broken" in out
     assert "Traceback" not in out
