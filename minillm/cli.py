@@ -91,7 +91,7 @@ def train(
         click.echo(f"Interrupted at step {result.step}; the same command goes on from {result.checkpoint}")
         raise SystemExit(130)
     click.echo(f'\nA sample (more: minillm sample {folder} --prompt "..."):\n')
-    for piece in write(model, tokenizer, "The", max_new_tokens=120, temperature=0.7, seed=0):
+    for piece in write(model, tokenizer, "The", max_new_tokens=120, temperature=0.5, seed=0):
         click.echo(piece, nl=False)
     click.echo()
 

@@ -55,7 +55,9 @@ class Picture(Figure):
         buffer = io.BytesIO()
         _write(self, buffer, "png", dpi=self.dpi * 1.5)  # finer than shown, so that it stays sharp on a dense screen
         width, height = self.get_size_inches() * self.dpi
-        return _with_palette(buffer), {"width": round(width), "height": round(height)}
+        titles = [self.get_suptitle(), *(axes.get_title(loc="left") for axes in self.axes)]
+        shown = {"width": round(width), "height": round(height), "alt": ": ".join(filter(None, titles))}
+        return _with_palette(buffer), shown
 
 
 @contextlib.contextmanager

@@ -45,6 +45,7 @@ def test_shows_itself_in_a_notebook_as_a_sharp_png(tmp_path: Path) -> None:
     (tmp_path / "shown.png").write_bytes(data["image/png"])
     with Image.open(tmp_path / "shown.png") as image:
         assert image.width == pytest.approx(metadata["image/png"]["width"] * 1.5, abs=1)
+    assert metadata["image/png"]["alt"] == "Same bytes"  # what a screen reader says
     assert data["text/plain"] == "<Picture size 825x418 with 1 Axes>"
 
 
