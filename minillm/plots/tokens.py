@@ -49,7 +49,7 @@ def token_strip(
         axes.axis("off")
         top = 0.08
         if title is not None:
-            axes.text(0.1, top + _LINE / 2, title, va="center", fontsize=12, parse_math=False)
+            axes.set_title(title, loc="left", x=0.1 / width, y=1 - (top + 0.2) / height, pad=0, parse_math=False)
             top += _LINE
         for label, lines in drawn.items():
             if label:

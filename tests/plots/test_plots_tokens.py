@@ -33,7 +33,7 @@ def test_labels_and_title_stand_above_their_strips():
     assert texts(figure) == ["by words", "ab", "c", "by letters", "a", "b", "c"]
     assert figure.axes[0].get_title(loc="left") == "two ways"
     figure.canvas.draw()
-    title = figure.axes[0].title if figure.axes[0].get_title() else figure.axes[0]._left_title
+    title = next(child for child in figure.axes[0].get_children() if getattr(child, "get_text", str)() == "two ways")
     drawn = [title, *figure.axes[0].texts]
     heights = [text.get_window_extent().y0 for text in drawn]
     assert heights[0] > heights[1] > heights[2] > heights[4] > heights[5], "from the top down"
