@@ -12,8 +12,8 @@ of rare words with subword units" (2016), section 3.2.
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from heapq import heapify, heappop, heappush, heapreplace
-from itertools import islice, pairwise
+from heapq import heapify, heappop, heappush
+from itertools import pairwise
 
 # The fast trainer writes a token id as the character with that code point.
 MAX_VOCAB_SIZE = 0x110000
@@ -81,9 +81,10 @@ def learn_merges(
     """The same as `learn_merges_plain`, without counting anew or looking at every word for every merge.
 
     It remembers how often each pair occurs and in which words it has appeared, and corrects the counts around each
-    merge. Pairs wait in a heap with the count they had when they came up; counts can only fall after that, so one that
-    is out of date is put right when its pair comes to the front. A word is held as a `str` whose characters are token
-    ids: a pair is then a string of two characters, and hashing, comparing and replacing it is the work of C code.
+    merge. Pairs wait in buckets, one for each count. A pair's count can only fall after the merge that brought it up,
+    and no new pair is more frequent than the merged one: so the buckets are emptied from the highest count down, and
+    a pair that has become rarer is moved when it is met. A word is held as a `str` whose characters are token ids: a
+    pair is then a string of two characters, and hashing, comparing and finding it is the work of C code.
     """
     tokens = list(tokens)
     id_of = {token: i for i, token in enumerate(tokens)}
@@ -96,50 +97,49 @@ def learn_merges(
         for left, right in pairwise(word):
             pair_counts[left + right] += counts[i]
             found_in[left + right].append(i)
-    heap = [(-pair_counts[pair], pair, where) for pair, where in found_in.items()]
-    heapify(heap)
+    buckets: dict[int, list[str]] = defaultdict(list)
+    for pair, count in pair_counts.items():
+        buckets[count].append(pair)
     merges: dict[Pair, int] = {}
-    while heap and len(tokens) < vocab_size:
-        negative_count, pair, where = heap[0]
-        count = pair_counts[pair]
-        if count != -negative_count:
-            heapreplace(heap, (-count, pair, where))
-            continue
-        if count < min_frequency:
-            break
-        heappop(heap)
-        left, right = pair[0], pair[1]
-        merged_bytes = tokens[ord(left)] + tokens[ord(right)]
-        if merged_bytes not in id_of:
-            id_of[merged_bytes] = len(tokens)
-            tokens.append(merged_bytes)
-        merges[ord(left), ord(right)] = id_of[merged_bytes]
-        merged = chr(id_of[merged_bytes])
-        found_in = defaultdict(list)
-        for i in where:
-            stretches = words[i].split(pair)  # what lies between the occurrences
-            if len(stretches) == 1:
-                continue  # since the pair was found here, this word has lost it to another merge
-            words[i] = merged.join(stretches)
-            count = counts[i]
-            before = stretches[0][-1:]
-            to_come = len(stretches) - 1
-            for stretch in islice(stretches, 1, None):
-                to_come -= 1
-                # An empty stretch: the next occurrence touches this one, and is not merged yet.
-                after = stretch[:1] or (left if to_come else "")
-                if before:
-                    pair_counts[before + left] -= count
-                    pair_counts[before + merged] += count
-                    found_in[before + merged].append(i)
-                if after:
-                    pair_counts[right + after] -= count
-                    pair_counts[merged + after] += count
-                    found_in[merged + after].append(i)
-                before = stretch[-1:] or merged
-        for new_pair, where in found_in.items():
-            if pair_counts[new_pair]:
-                heappush(heap, (-pair_counts[new_pair], new_pair, where))
+    while buckets and (highest := max(buckets)) >= min_frequency:
+        queue = buckets.pop(highest)
+        heapify(queue)  # equally frequent: smaller ids first
+        while queue:
+            if len(tokens) >= vocab_size:
+                return merges
+            pair = heappop(queue)
+            if (count := pair_counts[pair]) < highest:
+                buckets[count].append(pair)
+                continue
+            left, right = pair[0], pair[1]
+            merged_bytes = tokens[ord(left)] + tokens[ord(right)]
+            if merged_bytes not in id_of:
+                id_of[merged_bytes] = len(tokens)
+                tokens.append(merged_bytes)
+            merges[ord(left), ord(right)] = id_of[merged_bytes]
+            merged = chr(id_of[merged_bytes])
+            new_pairs: dict[str, list[int]] = defaultdict(list)
+            for i in dict.fromkeys(found_in.pop(pair)):
+                word, count, end = words[i], counts[i], 0
+                while (at := word.find(pair, end)) >= 0:
+                    if at > 0:
+                        before = word[at - 1] if at > end else merged
+                        pair_counts[before + left] -= count
+                        pair_counts[before + merged] += count
+                        new_pairs[before + merged].append(i)
+                    end = at + 2
+                    if after := word[end : end + 1]:
+                        pair_counts[right + after] -= count
+                        pair_counts[merged + after] += count
+                        new_pairs[merged + after].append(i)
+                if end > 0:  # else the word has lost the pair to another merge since it was found there
+                    words[i] = word.replace(pair, merged)
+            found_in.update(new_pairs)
+            for new_pair in new_pairs:
+                if (count := pair_counts[new_pair]) == highest:
+                    heappush(queue, new_pair)
+                else:
+                    buckets[count].append(new_pair)
     return merges
 
 
