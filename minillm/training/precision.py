@@ -11,6 +11,7 @@ import contextlib
 import importlib.util
 import os
 import shutil
+from collections.abc import Mapping
 
 import torch
 
@@ -48,7 +49,8 @@ def resolve_precision(name: str, device: torch.device) -> str:
     if device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
     if device.type == "cpu":
-        capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older PyTorch does not say: fp32 then
+        # Older versions of PyTorch do not say: fp32 then.
+        capabilities: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
         return "bf16" if capabilities.get("amx_bf16") else "fp32"
     return "fp32"
 

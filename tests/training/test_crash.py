@@ -112,7 +112,7 @@ def test_killed_again_and_again(server: Server, tmp_path: Path) -> None:
 def test_interrupted(server: Server, tmp_path: Path, action: str) -> None:
     whole = server.run(tmp_path / "whole")
     expected = outcome(tmp_path / "whole")
-    for tick in range(1, whole["ticks"] + 1, 6):
+    for tick in range(1, whole["ticks"] + 1, 8):
         folder = tmp_path / "interrupted"
         reply = server.run(folder, tick=tick, action=action)
         assert reply["signal"] == 0
