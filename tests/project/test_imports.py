@@ -32,8 +32,8 @@ ASIDE: dict[str, set[str]] = {"plots": set(), "course": set(), "exercises": {"co
 MAY_USE_ASIDES: dict[str, set[str]] = {"cli": {"exercises"}, "report": {"plots"}, "exercises": {"course"}}
 ORACLES = {"tokenizers", "transformers", "sentencepiece", "tiktoken", "hypothesis", "psutil"}
 
-# Their own documentation has users import these parts by name.
-PART_OF = {"cycler": "matplotlib", "jupyter_client": "nbclient"}
+# What is imported under a name that is not the distribution's: its module, or a part that its documentation names.
+PART_OF = {"PIL": "pillow", "cycler": "matplotlib", "jupyter_client": "nbclient"}
 
 
 def room(module: str) -> str:
