@@ -169,7 +169,8 @@ def scaled_dot_product_attention(
     n_heads, query_length = query.shape[1], query.shape[2]
     n_kv_heads, key_length = key.shape[1], key.shape[2]
 
-    causal = causal and query_length > 1  # a single query stands at the last key and sees them all
+    if query_length == 1:  # a single query stands at the last key and sees them all
+        causal = False
     if causal and not (mask is None and bias is None and query_length == key_length):
         # The kernels' own causal flag puts the first query at the first key and takes no mask beside it.
         triangle = causal_mask(query_length, key_length, device=query.device)

@@ -176,7 +176,9 @@ class Transformer(nn.Module):
             if positions is None:
                 positions = torch.arange(start, start + seq, device=tokens.device)
             rotation = self.rotary.cos_sin(positions)
-        causal = seq > 1
+        causal = True
+        if seq == 1:  # a branch, not `causal = seq > 1`: the compiler may keep that symbolic, and kernels refuse it
+            causal = False
         if causal and (mask is not None or start):
             # Put together once here rather than in every layer.
             triangle = causal_mask(seq, start + seq, device=tokens.device)
