@@ -1,15 +1,15 @@
 """Layers: attention, positions, norms, feed-forward, and the cache that generation needs."""
 
-from minillm.layers.attention import (
-    MultiHeadAttention,
-    causal_mask,
-    plain_scaled_dot_product_attention,
-    scaled_dot_product_attention,
-)
+from minillm.layers.attention import MultiHeadAttention
 from minillm.layers.feed_forward import FeedForward, SwiGLU
 from minillm.layers.kv_cache import KVCache, LayerKVCache
 from minillm.layers.norms import LayerNorm, RMSNorm
 from minillm.layers.positions import LearnedPositions, LinearScaling, Llama3Scaling, RotaryEmbedding
+from minillm.layers.scaled_dot_product import (
+    causal_mask,
+    plain_scaled_dot_product_attention,
+    scaled_dot_product_attention,
+)
 
 __all__ = [
     "FeedForward",

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from minillm.layers.attention import MultiHeadAttention, causal_mask
+from minillm.layers.attention import MultiHeadAttention
 from minillm.layers.feed_forward import FeedForward, SwiGLU
 from minillm.layers.kv_cache import KVCache, LayerKVCache
 from minillm.layers.norms import LayerNorm, RMSNorm
 from minillm.layers.positions import LearnedPositions, RotaryEmbedding
+from minillm.layers.scaled_dot_product import causal_mask
 from minillm.models.config import TransformerConfig
 from minillm.models.modes import evaluation_mode
 

@@ -1,173 +1,16 @@
-"""Attention against torch's own: outputs and gradients, and what its own does not promise."""
+"""The attention layer against torch's own: outputs, weights and gradients; grouped heads and the cache."""
 
 import copy
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from minillm.layers import (
     KVCache,
     MultiHeadAttention,
     RotaryEmbedding,
-    causal_mask,
-    plain_scaled_dot_product_attention,
-    scaled_dot_product_attention,
 )
-
-VERSIONS = [plain_scaled_dot_product_attention, scaled_dot_product_attention]
-
-
-def _inputs(batch=2, heads=4, kv_heads=4, queries=5, keys=7, dim=8, dtype=torch.float64):
-    return [
-        torch.randn(batch, h, n, dim, dtype=dtype, requires_grad=True)
-        for h, n in ((heads, queries), (kv_heads, keys), (kv_heads, keys))
-    ]
-
-
-def _oracle(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor, bias: Tensor | float, scale: float) -> Tensor:
-    """A direct float64 computation with the keys repeated, one query row at a time."""
-    groups = query.size(1) // key.size(1)
-    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    scores = torch.einsum("bhqd,bhkd->bhqk", query, key) * scale + bias
-    exponentials = scores.exp() * allowed
-    total = exponentials.sum(-1, keepdim=True)
-    return torch.einsum("bhqk,bhkd->bhqd", exponentials / torch.where(total == 0, 1.0, total), value)
-
-
-@pytest.mark.parametrize("attention", VERSIONS)
-@settings(max_examples=25, deadline=None)
-@given(
-    seed=st.integers(0, 2**31),
-    kv_heads=st.sampled_from([1, 2, 4]),
-    queries=st.integers(1, 5),
-    keys=st.integers(1, 6),
-    masked=st.sampled_from(["none", "keys", "full", "heads"]),
-    biased=st.booleans(),
-    causal=st.booleans(),
-    scale=st.sampled_from([None, 0.7]),
-)
-def test_agrees_with_the_definition_in_float64(attention, seed, kv_heads, queries, keys, masked, biased, causal, scale):
-    torch.manual_seed(seed)
-    query, key, value = _inputs(2, 4, kv_heads, queries, keys, 6)
-    shape = {"none": None, "keys": (2, 1, 1, keys), "full": (queries, keys), "heads": (2, 4, queries, keys)}[masked]
-    mask = None if shape is None else torch.rand(shape) > 0.4
-    bias = torch.randn(4, queries, keys, dtype=torch.float64, requires_grad=True) if biased else None
-    allowed = torch.ones(2, 4, queries, keys, dtype=torch.bool) if mask is None else mask.expand(2, 4, queries, keys)
-    if causal:
-        rows, columns = torch.arange(queries)[:, None], torch.arange(keys)
-        allowed = allowed & (columns - (keys - queries) <= rows)
-
-    out = attention(query, key, value, mask=mask, bias=bias, causal=causal, scale=scale)
-    expected = _oracle(query, key, value, allowed, 0.0 if bias is None else bias, 6**-0.5 if scale is None else scale)
-    torch.testing.assert_close(out, expected)
-    assert not out[~allowed.any(-1)].any()  # rows that may see nothing
-
-    upstream = torch.randn_like(out)
-    leaves = [query, key, value, *([] if bias is None else [bias])]
-    for got, want in zip(
-        torch.autograd.grad(out, leaves, upstream), torch.autograd.grad(expected, leaves, upstream), strict=True
-    ):
-        torch.testing.assert_close(got, want)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kv_heads", [4, 2, 1])
-def test_both_versions_agree_with_torchs_in_value_and_gradient(dtype, kv_heads):
-    inputs = _inputs(kv_heads=kv_heads, queries=33, keys=33, dim=16, dtype=dtype)
-    repeated = [inputs[0], *(t.repeat_interleave(4 // kv_heads, 1) for t in inputs[1:])]
-    expected = F.scaled_dot_product_attention(*repeated, is_causal=True)
-    upstream = torch.randn_like(expected)
-    wanted = torch.autograd.grad(expected, inputs, upstream)
-    tolerance = {torch.float32: 2e-6, torch.bfloat16: 2e-2}[dtype]
-    for attention in VERSIONS:
-        out = attention(*inputs, causal=True)
-        assert out.dtype is dtype
-        torch.testing.assert_close(out, expected, atol=tolerance, rtol=tolerance)
-        for got, want in zip(torch.autograd.grad(out, inputs, upstream), wanted, strict=True):
-            torch.testing.assert_close(got, want, atol=4 * tolerance, rtol=4 * tolerance)
-
-
-def test_rows_that_may_see_nothing_give_zeros_and_finite_gradients():
-    query, key, value = _inputs(dtype=torch.float32)
-    mask = torch.ones(5, 7, dtype=torch.bool)
-    mask[2] = False
-    bias = torch.zeros(5, 7)
-    bias[2] = -torch.inf
-    for attention in VERSIONS:
-        for blocked in ({"mask": mask}, {"bias": bias}):
-            out = attention(query, key, value, **blocked)
-            assert torch.equal(out[:, :, 2], torch.zeros(2, 4, 8))
-            gradients = torch.autograd.grad(out.square().sum(), (query, key, value))
-            assert all(gradient.isfinite().all() for gradient in gradients)
-            assert not gradients[0][:, :, 2].any()
-    _, weights = scaled_dot_product_attention(query, key, value, mask=mask, return_weights=True)
-    assert not weights[:, :, 2].any()
-    torch.testing.assert_close(weights.sum(-1)[:, :, [0, 1, 3, 4]], torch.ones(2, 4, 4))
-
-
-def test_more_causal_queries_than_keys_leave_the_first_without_a_key():
-    query, key, value = _inputs(queries=5, keys=3, dtype=torch.float32)
-    for attention in VERSIONS:
-        assert not attention(query, key, value, causal=True)[:, :, :2].any()
-
-
-def test_causal_mask_puts_the_last_query_at_the_last_key():
-    assert causal_mask(2, 4).tolist() == [[True, True, True, False], [True, True, True, True]]
-
-
-def test_weights_are_those_that_made_the_output_and_ungrouped():
-    query, key, value = _inputs(kv_heads=2, queries=7, keys=7)
-    out, weights = scaled_dot_product_attention(query, key, value, causal=True, return_weights=True)
-    assert weights.shape == (2, 4, 7, 7)
-    assert not weights.triu(1).any()
-    torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4, 7, dtype=torch.float64), atol=1e-6, rtol=0)
-    torch.testing.assert_close(out, weights @ value.repeat_interleave(2, 1))
-
-
-def test_extreme_scores_do_not_overflow():
-    query, key, value = _inputs(dtype=torch.float32)
-    for attention in VERSIONS:
-        assert attention(query * 1e4, key * 1e4, value).isfinite().all()
-
-
-@pytest.mark.parametrize("attention", VERSIONS)
-def test_dropout_zeroes_that_share_and_keeps_the_mean(attention):
-    query, key = torch.zeros(1, 1, 64, 4), torch.zeros(1, 1, 500, 4)
-    value = torch.eye(500)[None, None]  # so that the output is the weights
-    weights = attention(query, key, value, dropout=0.25) * 500
-    dropped = (weights == 0).float().mean().item()
-    assert abs(dropped - 0.25) < 5 * (0.25 * 0.75 / weights.numel()) ** 0.5
-    torch.testing.assert_close(weights[weights != 0], torch.full_like(weights[weights != 0], 1 / 0.75))
-
-
-@pytest.mark.parametrize("attention", VERSIONS)
-@pytest.mark.parametrize(
-    ("changes", "error", "message"),
-    [
-        ({"query": torch.zeros(4, 5, 8)}, ValueError, r"must each be \(batch, heads, seq, head_dim\)"),
-        ({"query": torch.zeros(3, 4, 5, 8)}, ValueError, "agree in batch"),
-        ({"key": torch.zeros(2, 4, 6, 8)}, ValueError, "agree in batch"),
-        ({"query": torch.zeros(2, 6, 5, 8)}, ValueError, r"\(6\) must be a multiple .* \(4\)"),
-        ({"value": torch.zeros(2, 4, 7, 8, dtype=torch.float64)}, TypeError, "one floating-point dtype"),
-        ({"mask": torch.zeros(5, 7)}, TypeError, "mask must be boolean"),
-        ({"bias": torch.ones(5, 7, dtype=torch.bool)}, TypeError, "bias must be floating point"),
-        ({"mask": torch.ones(7, 5, dtype=torch.bool)}, ValueError, r"mask must broadcast to .*\(2, 4, 5, 7\)"),
-        ({"bias": torch.zeros(1, 2, 4, 5, 7)}, ValueError, "bias must broadcast"),
-        ({"dropout": 1.0}, ValueError, r"dropout must be in \[0, 1\), got 1.0"),
-    ],
-)
-def test_bad_input_is_refused_by_name(attention, changes, error, message):
-    arguments = {"query": torch.zeros(2, 4, 5, 8), "key": torch.zeros(2, 4, 7, 8), "value": torch.zeros(2, 4, 7, 8)}
-    arguments |= changes
-    with pytest.raises(error, match=message):
-        attention(arguments.pop("query"), arguments.pop("key"), arguments.pop("value"), **arguments)
-
-
-# --- the layer --------------------------------------------------------------------------------------------------------
 
 
 def _torch_twin(layer: MultiHeadAttention, d_model: int) -> nn.MultiheadAttention:
@@ -248,16 +91,3 @@ def test_layer_drops_attention_weights_in_training_only():
 def test_layer_refuses_bad_sizes(arguments, message):
     with pytest.raises(ValueError, match=message):
         MultiHeadAttention(16, **arguments)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rows_that_may_see_nothing_give_zeros_on_a_gpu(dtype):
-    query, key, value = (t.detach().to("cuda", dtype).requires_grad_() for t in _inputs(dim=64, dtype=torch.float32))
-    mask = torch.rand(2, 1, 5, 7, device="cuda") > 0.3
-    mask[:, :, 2] = False
-    expected = plain_scaled_dot_product_attention(query, key, value, mask=mask)
-    out = scaled_dot_product_attention(query, key, value, mask=mask)
-    torch.testing.assert_close(out, expected, atol=2e-2, rtol=2e-2)
-    assert not out[:, :, 2].any()
-    assert all(g.isfinite().all() for g in torch.autograd.grad(out.float().square().sum(), (query, key, value)))

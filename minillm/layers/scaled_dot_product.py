@@ -1,0 +1,221 @@
+"""Scaled dot-product attention: the plain version to read, and the fast one on torch's kernels."""
+
+import math
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def causal_mask(query_length: int, key_length: int, *, device: torch.device | None = None) -> Tensor:
+    """Boolean (query_length, key_length), True where a query may look: at no key behind its own place.
+
+    The last query stands at the last key (as when earlier keys come from a cache), so query ``i`` sees keys
+    ``j <= i + key_length - query_length``.
+    """
+    allowed = torch.ones(query_length, key_length, dtype=torch.bool, device=device)
+    return allowed.tril(key_length - query_length)
+
+
+@overload
+def plain_scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: Tensor | None = ...,
+    bias: Tensor | None = ...,
+    causal: bool = ...,
+    scale: float | None = ...,
+    dropout: float = ...,
+    return_weights: Literal[False] = ...,
+) -> Tensor: ...
+@overload
+def plain_scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: Tensor | None = ...,
+    bias: Tensor | None = ...,
+    causal: bool = ...,
+    scale: float | None = ...,
+    dropout: float = ...,
+    return_weights: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+def plain_scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    return_weights: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """:func:`scaled_dot_product_attention` written out: the version to read, and the one that can show its weights."""
+    _check(query, key, value, mask, bias, dropout)
+    *batch, n_heads, query_length, head_dim = query.shape
+    n_kv_heads, key_length = key.shape[-3], key.shape[-2]
+
+    # A group of query heads shares one key head. Laying the group's queries one after another makes it one matrix
+    # product with that key head, so that the keys need not be repeated in memory.
+    group_rows = (n_heads // n_kv_heads) * query_length
+    grouped = query.reshape(*batch, n_kv_heads, group_rows, head_dim)
+    scores = grouped @ key.transpose(-2, -1) * (1 / math.sqrt(head_dim) if scale is None else scale)
+    scores = scores.view(*batch, n_heads, query_length, key_length)
+    scores = scores if scores.dtype is torch.float64 else scores.float()
+    if bias is not None:
+        scores = scores + bias
+    allowed = mask
+    if causal:
+        triangle = causal_mask(query_length, key_length, device=query.device)
+        allowed = triangle if mask is None else triangle & mask
+    if allowed is not None:
+        scores = scores.masked_fill(~allowed, -math.inf)
+
+    # A row of -inf only (nothing may be seen, or a bias of -inf) would become 0/0: its weights are zeros.
+    empty = scores.amax(-1, keepdim=True) == -math.inf
+    weights = scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0).to(value.dtype)
+
+    used = F.dropout(weights, dropout) if dropout else weights
+    output = used.reshape(*batch, n_kv_heads, group_rows, key_length) @ value
+    output = output.view(*batch, n_heads, query_length, value.size(-1))
+    return (output, weights) if return_weights else output
+
+
+@overload
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: Tensor | None = ...,
+    bias: Tensor | None = ...,
+    causal: bool = ...,
+    scale: float | None = ...,
+    dropout: float = ...,
+    return_weights: Literal[False] = ...,
+) -> Tensor: ...
+@overload
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: Tensor | None = ...,
+    bias: Tensor | None = ...,
+    causal: bool = ...,
+    scale: float | None = ...,
+    dropout: float = ...,
+    return_weights: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: Tensor | None = ...,
+    bias: Tensor | None = ...,
+    causal: bool = ...,
+    scale: float | None = ...,
+    dropout: float = ...,
+    return_weights: bool = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    return_weights: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``softmax(query key^T * scale + bias) value`` over the keys a query may see (Vaswani et al. 2017, eq. 1).
+
+    Runs on torch's fused kernels; with ``return_weights`` on the written-out version, which gives the same numbers.
+
+    Args:
+        query: (batch, n_heads, query_length, head_dim), floating point.
+        key: (batch, n_kv_heads, key_length, head_dim). n_kv_heads divides n_heads: 1 is multi-query attention (Shazeer
+            2019), a number between is grouped-query attention (Ainslie et al. 2023); query head ``i`` uses key head
+            ``i // (n_heads / n_kv_heads)``.
+        value: (batch, n_kv_heads, key_length, value_dim).
+        mask: boolean, True where a query may look; broadcasts to (batch, n_heads, query_length, key_length).
+        bias: added to the scaled scores, floating point; broadcasts likewise.
+        causal: no query looks at keys behind its own place; the last query stands at the last key. Adds to ``mask``.
+        scale: of the scores; None is ``1 / sqrt(head_dim)``.
+        dropout: probability of zeroing a weight, whatever the training mode (the caller knows it).
+        return_weights: give the weights too: (batch, n_heads, query_length, key_length), before dropout.
+
+    Returns: (batch, n_heads, query_length, value_dim), and the weights if asked for. A query that may see no key gets
+    zeros, never NaN. Raises TypeError for dtypes and ValueError for shapes that do not fit.
+    """
+    if return_weights:
+        return plain_scaled_dot_product_attention(
+            query, key, value, mask=mask, bias=bias, causal=causal, scale=scale, dropout=dropout, return_weights=True
+        )
+    _check(query, key, value, mask, bias, dropout)
+    n_heads, query_length = query.shape[1], query.shape[2]
+    n_kv_heads, key_length = key.shape[1], key.shape[2]
+
+    if query_length == 1:  # a single query stands at the last key and sees them all
+        causal = False
+    if causal and not (mask is None and bias is None and query_length == key_length):
+        # The kernels' own causal flag puts the first query at the first key and takes no mask beside it.
+        triangle = causal_mask(query_length, key_length, device=query.device)
+        mask = triangle if mask is None else triangle & mask
+        causal = False
+    if bias is not None:
+        bias = bias.to(query.dtype)
+        mask = bias if mask is None else torch.where(mask, bias, -math.inf)
+
+    if query_length == 1 and n_kv_heads < n_heads and (mask is None or mask.dim() < 3 or mask.size(-3) == 1):
+        # One token being generated: the heads of a group become the rows of one product, and no key is repeated.
+        grouped = query.reshape(query.size(0), n_kv_heads, n_heads // n_kv_heads, query.size(3))
+        output = F.scaled_dot_product_attention(grouped, key, value, mask, dropout, scale=scale)
+        return output.reshape(query.size(0), n_heads, 1, value.size(3))
+    return F.scaled_dot_product_attention(
+        query, key, value, mask, dropout, causal, scale=scale, enable_gqa=n_kv_heads < n_heads
+    )
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, bias: Tensor | None, dropout: float) -> None:
+    """Refuse what does not fit, by name; looks at shapes and dtypes only, so costs no device time."""
+    q, k, v = query.shape, key.shape, value.shape
+    if len(q) != 4 or len(k) != 4 or len(v) != 4:
+        raise ValueError(
+            "query, key and value must each be (batch, heads, seq, head_dim), "
+            f"got shapes {tuple(q)}, {tuple(k)} and {tuple(v)}"
+        )
+    if q[0] != k[0] or q[3] != k[3] or k[:3] != v[:3]:
+        raise ValueError(
+            "query and key must agree in batch and head_dim, key and value in batch, heads and seq, "
+            f"got query {tuple(q)}, key {tuple(k)}, value {tuple(v)}"
+        )
+    if k[1] == 0 or q[1] % k[1]:
+        raise ValueError(f"the heads of query ({q[1]}) must be a multiple of the heads of key and value ({k[1]})")
+    if not query.is_floating_point() or not query.dtype == key.dtype == value.dtype:
+        raise TypeError(
+            f"query, key and value must have one floating-point dtype, got {query.dtype}, {key.dtype} and {value.dtype}"
+        )
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+    scores = (q[0], q[1], q[2], k[2])
+    if mask is not None and mask.dtype is not torch.bool:
+        raise TypeError(f"mask must be boolean (True: may look), got {mask.dtype}; give additive scores as bias")
+    if bias is not None and not bias.is_floating_point():
+        raise TypeError(f"bias must be floating point (added to the scores), got {bias.dtype}; give booleans as mask")
+    for name, tensor in (("mask", mask), ("bias", bias)):
+        if tensor is None:
+            continue
+        sizes = tuple(tensor.shape)
+        if len(sizes) > 4 or any(a not in (1, b) for a, b in zip(reversed(sizes), reversed(scores), strict=False)):
+            raise ValueError(f"{name} must broadcast to (batch, heads, query, key) = {scores}, got shape {sizes}")
