@@ -207,13 +207,22 @@ def _complete_model(values: dict[str, Any], vocab_size: int) -> dict[str, Any]:
 
 
 def _require_same(folder: Path, settings: dict[str, Any], stored: dict[str, Any]) -> None:
-    for section in ("corpus", "tokenizer", "data", "model"):
-        now, then = settings[section], stored[section]
-        if now != then:
-            raise ValueError(
-                f"{folder} holds a run with {section} {json.dumps(then)}, which cannot become {json.dumps(now)}: "
-                "give the same settings, or another folder"
-            )
+    """Refuse, naming each one, settings that would make the run in the folder another run."""
+    now, then = _fixed_settings(settings), _fixed_settings(stored)
+    changes = [
+        f"{name} is {then.get(name)!r} there, not {now.get(name)!r}"
+        for name in now | then
+        if now.get(name) != then.get(name)
+    ]
+    if changes:
+        raise ValueError(f"{folder} holds another run: {'; '.join(changes)}. Give the same settings, or another folder")
+
+
+def _fixed_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """All settings but those of training, flat: `model.d_model` -> 128."""
+    sections = {section: settings[section] for section in ("tokenizer", "data", "model")}
+    flat = {f"{section}.{name}": value for section, values in sections.items() for name, value in values.items()}
+    return {"corpus": settings["corpus"]} | flat
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:
