@@ -116,7 +116,7 @@ def test_train_leaves_another_run_alone(cli: Cli, corpus: Path, small: Small) ->
     before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
     result = cli(*options, "--set", "model.d_model=32")
     assert result.exit_code == 1
-    assert re.search(r"Error: run holds another run: model\.d_model is 16 there, not 32; .*another folder", result.output)
+    assert re.search(r"Error: run holds another run: model\.d_model is 16 there, not 32; .*folder", result.output)
     assert {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()} == before
 
 

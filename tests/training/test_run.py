@@ -119,7 +119,8 @@ def test_without_validation(corpus: str, tmp_path: Path) -> None:
 )
 def test_fixed_settings_cannot_change(corpus: str, tmp_path: Path, section: str, values: dict[str, Any]) -> None:
     train_run(tmp_path, corpus=corpus, **SETTINGS, progress=False)
-    with pytest.raises(ValueError, match=rf"another run: {section}\.{next(iter(values))} is .* not {next(iter(values.values()))}"):
+    [(name, value)] = values.items()
+    with pytest.raises(ValueError, match=rf"another run: {section}\.{name} is .* not {value}"):
         train_run(tmp_path, corpus=corpus, **changed(section, **values), progress=False)
     with pytest.raises(FileExistsError, match="holds a run already"):
         train_run(tmp_path, corpus=corpus, **SETTINGS, progress=False, resume=False)
