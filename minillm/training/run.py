@@ -10,8 +10,6 @@ folder/run.json          the settings, complete: what `load_run` and a later sit
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -24,15 +22,13 @@ from minillm.models import Transformer, TransformerConfig
 from minillm.tokenizers import ByteBPETokenizer
 from minillm.training.checkpoint import load_checkpoint
 from minillm.training.config import TrainingConfig
-from minillm.training.integrity import fsync
+from minillm.training.lock import exclusive
 from minillm.training.precision import resolve_device
 from minillm.training.result import TrainingResult
+from minillm.training.run_settings import FILE_NAME, complete_settings, read_settings, require_same, write_settings
 from minillm.training.trainer import Trainer
 
 END_OF_TEXT = "<|endoftext|>"
-TOKENIZER_DEFAULTS: dict[str, Any] = {"vocab_size": 1024, "pattern": "gpt2"}
-DATA_DEFAULTS: dict[str, Any] = {"batch_size": 16, "validation_fraction": 0.1, "seed": 0}
-_SETTINGS = "run.json"
 
 
 def train_run(
@@ -67,35 +63,33 @@ def train_run(
 
     Raises:
         FileExistsError: there is a run in the folder and `resume` is False.
+        RuntimeError: another process is training into the folder.
         ValueError: a setting that does not exist or is out of range, or one that differs from that of the run in the
             folder (all but those of `training` are fixed once and for all).
     """
     folder = Path(folder)
-    settings: dict[str, Any] = {
-        "corpus": corpus,
-        "tokenizer": _complete("tokenizer", tokenizer or {}, TOKENIZER_DEFAULTS),
-        "data": _complete("data", data or {}, DATA_DEFAULTS),
-    }
-    settings["model"] = _complete_model(model or {}, settings["tokenizer"]["vocab_size"])
-    settings["training"] = TrainingConfig.from_dict(training or {}).to_dict()
-    if (folder / _SETTINGS).exists():
-        if not resume:
-            raise FileExistsError(f"{folder} holds a run already; resume it, or name another folder")
-        _require_same(folder, settings, _read_settings(folder))
-    else:
-        _prepare(folder, settings)
-    bpe = ByteBPETokenizer.load(folder / "tokenizer.json")
-    model_config = _model_config(settings, bpe)
-    train_data, validation = _open_data(folder, settings, model_config, bpe)
-    # Only now: what stands here is known to fit together, and an unfinished preparation is begun anew.
-    _write_settings(folder, settings)
-    config = TrainingConfig.from_dict(settings["training"])
-    torch.manual_seed(config.seed)
-    transformer = Transformer(model_config)
-    trainer = Trainer(
-        transformer, train_data, validation, config, folder=folder, progress=progress, on_evaluate=on_evaluate
-    )
-    result = trainer.train()
+    settings = complete_settings(corpus, tokenizer, data, model, training)
+    folder.mkdir(parents=True, exist_ok=True)
+    # Held from the first look on: two that begin in one folder would write over each other's tokenizer and settings.
+    with exclusive(folder):
+        if (folder / FILE_NAME).exists():
+            if not resume:
+                raise FileExistsError(f"{folder} holds a run already; resume it, or name another folder")
+            require_same(folder, settings, read_settings(folder))
+        else:
+            _prepare(folder, settings)
+        bpe = ByteBPETokenizer.load(folder / "tokenizer.json")
+        model_config = _model_config(settings, bpe)
+        train_data, validation = _open_data(folder, settings, model_config, bpe)
+        # Only now: what stands here is known to fit together, and an unfinished preparation is begun anew.
+        write_settings(folder, settings)
+        config = TrainingConfig.from_dict(settings["training"])
+        torch.manual_seed(config.seed)
+        transformer = Transformer(model_config)
+        trainer = Trainer(
+            transformer, train_data, validation, config, folder=folder, progress=progress, on_evaluate=on_evaluate
+        )
+        result = trainer.train(locked=True)
     return dataclasses.replace(
         result,
         unigram_entropy=None if validation is None else unigram_entropy(train_data, validation),
@@ -112,7 +106,7 @@ def load_run(folder: str | Path, device: str = "auto") -> tuple[Transformer, Byt
     """
     folder = Path(folder)
     place = resolve_device(device)
-    settings = _read_settings(folder)
+    settings = read_settings(folder)
     checkpoint = load_checkpoint(folder / "checkpoints")
     bpe = ByteBPETokenizer.load(folder / "tokenizer.json")
     model = Transformer(_model_config(settings, bpe))
@@ -147,7 +141,6 @@ def _token_counts(data: TokenDataset) -> torch.Tensor:
 
 def _prepare(folder: Path, settings: dict[str, Any]) -> None:
     """Write the tokenizer and the shards."""
-    folder.mkdir(parents=True, exist_ok=True)
     corpus = load_corpus(settings["corpus"])
     bpe = ByteBPETokenizer.train(corpus, special_tokens=[END_OF_TEXT], **settings["tokenizer"])
     bpe.save(folder / "tokenizer.json")
@@ -187,55 +180,3 @@ def _entropy_floor(corpus: str, bpe: ByteBPETokenizer) -> float | None:
     grammar = load_corpus(corpus).grammar
     assert grammar is not None
     return grammar.entropy_per_token(bpe, end_of_text=True)
-
-
-def _complete(section: str, values: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    unknown = sorted(set(values) - set(defaults))
-    if unknown:
-        raise ValueError(f"unknown {section} settings {', '.join(unknown)}; allowed: {', '.join(defaults)}")
-    return defaults | values
-
-
-def _complete_model(values: dict[str, Any], vocab_size: int) -> dict[str, Any]:
-    """Every field of the model but the size of the vocabulary, for the tokenizer may come out smaller than asked."""
-    if "vocab_size" in values:
-        raise ValueError("model settings take no vocab_size: it is the tokenizer's")
-    config = TransformerConfig.from_dict({**values, "vocab_size": vocab_size}).to_dict()
-    del config["vocab_size"]
-    complete: dict[str, Any] = json.loads(json.dumps(config))
-    return complete
-
-
-def _require_same(folder: Path, settings: dict[str, Any], stored: dict[str, Any]) -> None:
-    """Refuse, naming each one, settings that would make the run in the folder another run."""
-    now, then = _fixed_settings(settings), _fixed_settings(stored)
-    changes = [
-        f"{name} is {then.get(name)!r} there, not {now.get(name)!r}"
-        for name in now | then
-        if now.get(name) != then.get(name)
-    ]
-    if changes:
-        raise ValueError(f"{folder} holds another run: {'; '.join(changes)}. Give the same settings, or another folder")
-
-
-def _fixed_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """All settings but those of training, flat: `model.d_model` -> 128."""
-    sections = {section: settings[section] for section in ("tokenizer", "data", "model")}
-    flat = {f"{section}.{name}": value for section, values in sections.items() for name, value in values.items()}
-    return {"corpus": settings["corpus"]} | flat
-
-
-def _read_settings(folder: Path) -> dict[str, Any]:
-    file = folder / _SETTINGS
-    if not file.exists():
-        raise FileNotFoundError(f"{folder} holds no training run: there is no {_SETTINGS} in it")
-    settings = json.loads(file.read_text(encoding="utf-8"))
-    assert isinstance(settings, dict)
-    return settings
-
-
-def _write_settings(folder: Path, settings: dict[str, Any]) -> None:
-    temporary = folder / f".writing-{_SETTINGS}"
-    temporary.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-    fsync(temporary)
-    os.replace(temporary, folder / _SETTINGS)

@@ -110,9 +110,12 @@ class Trainer:
         """The lines of metrics so far."""
         return self._report.lines
 
-    def train(self) -> TrainingResult:
+    def train(self, *, locked: bool = False) -> TrainingResult:
         """Train until `config.max_steps` updates are made in all, or until Ctrl-C, which ends the step, saves and
         returns; calling it again goes on. A second Ctrl-C raises KeyboardInterrupt at once.
+
+        Args:
+            locked: the caller holds the folder already, with `minillm.training.lock.exclusive`.
 
         Raises:
             NonFiniteError: the loss or the gradient became NaN or infinite. It names the step and the last good
@@ -122,7 +125,8 @@ class Trainer:
         """
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
-        with exclusive(self.folder) if self.folder else nullcontext(), interruptible() as interrupt:
+        lock = nullcontext() if self.folder is None or locked else exclusive(self.folder)
+        with lock, interruptible() as interrupt:
             self._start()
             modes = [(module, module.training) for module in self.model.modules()]
             self.model.train()

@@ -12,6 +12,7 @@ import torch
 from minillm.data import SyntheticGrammar, TokenDataset
 from minillm.tokenizers import ByteBPETokenizer
 from minillm.training import load_checkpoint
+from minillm.training.lock import exclusive
 from minillm.training.run import load_run, train_run, unigram_entropy
 
 SETTINGS: dict[str, Any] = {
@@ -30,6 +31,10 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
         words = generator.choices(["red", "green", "blue", "round", "square", "the"], k=40)
         (folder / f"{i:02}.txt").write_text(" ".join(words) + "\n", encoding="utf-8")
     return str(folder)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def changed(section: str, **values: Any) -> dict[str, Any]:
@@ -154,3 +159,30 @@ def test_a_bad_corpus_does_not_spoil_the_folder(corpus: str, tmp_path: Path) -> 
 def test_loading_what_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no training run: there is no run\.json"):
         load_run(tmp_path)
+
+
+@pytest.mark.parametrize("there", ["nothing", "a run"])
+def test_a_folder_in_use_is_left_as_it_is(corpus: str, tmp_path: Path, there: str) -> None:
+    if there == "a run":
+        train_run(tmp_path, corpus=corpus, **SETTINGS, progress=False)
+    before = content(tmp_path)
+    with exclusive(tmp_path), pytest.raises(RuntimeError, match="in use"):
+        train_run(tmp_path, corpus=corpus, **changed("training", max_steps=5), progress=False)
+    assert content(tmp_path) == before
+
+
+def test_the_folder_is_held_while_it_is_prepared(corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train, refusals = ByteBPETokenizer.train, []
+
+    def train_beside(*arguments: Any, **options: Any) -> ByteBPETokenizer:
+        with monkeypatch.context() as patch:
+            patch.setattr(ByteBPETokenizer, "train", train)
+            with pytest.raises(RuntimeError, match="in use") as refused:
+                train_run(tmp_path, corpus=corpus, **changed("tokenizer", vocab_size=260), progress=False)
+        refusals.append(refused)
+        return train(*arguments, **options)
+
+    monkeypatch.setattr(ByteBPETokenizer, "train", train_beside)
+    assert train_run(tmp_path, corpus=corpus, **SETTINGS, progress=False).step == 3
+    assert len(refusals) == 1
+    assert load_run(tmp_path, "cpu")[1].vocab_size == 270
