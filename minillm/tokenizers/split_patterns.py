@@ -7,6 +7,10 @@ Each pattern is kept in two forms: the published one, run by the `regex` library
 explicit ranges.) Long text is cut into blocks so that most blocks of mostly-English text take the fast form, and so
 that a corpus is never held as one list of pieces.
 
+Which code points are letters and digits is a matter of the Unicode version, here that of the installed `regex`. Another
+implementation splits equally every text whose characters its tables have too; a code point that only one of the two
+knows is a letter to one and a symbol to the other. No text is lost either way.
+
 Sources: GPT-2 (Radford et al. 2019, section 2.2 and its released code); GPT-4's cl100k_base as released with tiktoken.
 """
 
