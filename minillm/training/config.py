@@ -7,6 +7,16 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 PRECISIONS = ("auto", "fp32", "bf16")
+_SETTINGS_OF_AN_UPDATE = (
+    "learning_rate",
+    "min_learning_rate",
+    "warmup_steps",
+    "weight_decay",
+    "betas",
+    "grad_clip",
+    "gradient_accumulation_steps",
+    "precision",
+)
 
 
 @dataclass(frozen=True)
@@ -99,6 +109,13 @@ class TrainingConfig:
         if unknown:
             raise ValueError(f"unknown training settings {', '.join(unknown)}; allowed: {', '.join(allowed)}")
         return cls(**values)
+
+    def changed_updates(self, before: dict[str, Any]) -> list[str]:
+        """What makes an update another one than under the settings `before` (a `to_dict`): "betas [..] -> [..]"."""
+        now = self.to_dict()
+        return [
+            f"{name} {before[name]!r} -> {now[name]!r}" for name in _SETTINGS_OF_AN_UPDATE if before[name] != now[name]
+        ]
 
     def _check_integer(self, name: str, low: int, high: int | None = None, *, optional: bool = False) -> None:
         value = getattr(self, name)

@@ -103,7 +103,8 @@ class Trainer:
         self._statistics = StepStatistics(self.device)
         self.step = 0
         self._checkpoint: Path | None = None
-        self._started = self._in_a_step = False
+        self._saved = 0  # the newest checkpoint's step
+        self._started = self._in_a_step = self._broken_off = False
 
     @property
     def history(self) -> list[dict[str, Any]]:
@@ -130,9 +131,12 @@ class Trainer:
             self._start()
             modes = [(module, module.training) for module in self.model.modules()]
             self.model.train()
+            self._broken_off = True
             try:
                 self._loop(interrupt)
+                self._broken_off = False
             except NonFiniteError as error:
+                self._in_a_step = True  # on a GPU it is found when the parameters are spoilt already
                 raise NonFiniteError(error.step, error.loss, error.grad_norm, self._checkpoint) from None
             finally:
                 for module, training in modes:
@@ -174,15 +178,17 @@ class Trainer:
         return self._mean_loss(self.validation_data.evaluation_batches(self.config.eval_batches))
 
     def _start(self) -> None:
-        """Begin, or take up the newest checkpoint; with neither folder nor a cut-off step, simply go on."""
-        if self._started and not self._in_a_step:
+        """Begin, or take up the newest checkpoint; a Trainer whose last `train` ended in peace simply goes on, and so
+        does one that was broken off between two steps with no checkpoint to go back to."""
+        if self._started and not self._broken_off:
             return
         if self._checkpoint_steps():
             self._restore()
         elif self._in_a_step:
             raise RuntimeError("the last run was cut off in the middle of a step: make the model and the Trainer anew")
-        else:
+        elif not self._started:
             torch.manual_seed(self.config.seed)
+        self.optimizer.zero_grad(set_to_none=True)
         if self.folder is not None:
             self._report.open(self.folder / "metrics.jsonl", self.step)
         self._started, self._in_a_step = True, False
@@ -193,13 +199,11 @@ class Trainer:
         checkpoint.restore(self.model, self.optimizer, rng_device=self.device)
         if checkpoint.data is not None:
             self.train_data.load_state_dict(checkpoint.data)
-        self.step, self._checkpoint = checkpoint.step, checkpoint.path
+        self.step, self._saved, self._checkpoint = checkpoint.step, checkpoint.step, checkpoint.path
+        self._statistics = StepStatistics(self.device)  # a checkpoint follows a reading: nothing was gathered since
         remove_old_checkpoints(checkpoint.path.parent, self.step, self.config.keep_checkpoints)
         self._report.tokens, self._report.seconds = checkpoint.config["tokens"], checkpoint.config["seconds"]
-        now, then = self.config.to_dict(), checkpoint.config["training"]
-        changes = [
-            f"{name} {then[name]!r} -> {now[name]!r}" for name in _SETTINGS_OF_AN_UPDATE if then[name] != now[name]
-        ]
+        changes = self.config.changed_updates(checkpoint.config["training"])
         if changes:
             text = f"settings changed since {checkpoint.path}, and the new ones hold from here on: {', '.join(changes)}"
             warnings.warn(text, stacklevel=4)
@@ -275,18 +279,6 @@ class Trainer:
             seconds=self._report.seconds,
             checkpoint=self._checkpoint,
         )
-
-
-_SETTINGS_OF_AN_UPDATE = (
-    "learning_rate",
-    "min_learning_rate",
-    "warmup_steps",
-    "weight_decay",
-    "betas",
-    "grad_clip",
-    "gradient_accumulation_steps",
-    "precision",
-)
 
 
 def _due(step: int, every: int | None) -> bool:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import minillm.training.trainer
 from minillm.data import TokenDataset
 from minillm.models import Transformer, TransformerConfig
 from minillm.training import (
@@ -264,6 +265,58 @@ def test_a_second_ctrl_c_raises_and_the_trainer_knows_that_a_step_was_cut(shards
             assert same(whole, model)
 
 
+def test_a_step_cut_off_after_its_gradient_leaves_no_trace(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the gradient nor the numbers of the step that is made again are counted twice."""
+    config = make_config(max_steps=12, learning_rate=0.01, checkpoint_every=5, log_every=4, eval_every=None)
+    whole, parts = make_model(dropout=0.2), make_model(dropout=0.2)
+    expected = train(whole, shards, config, folder=tmp_path / "whole")
+    trainer = Trainer(parts, make_data(shards), None, config, folder=tmp_path / "parts", progress=False)
+    clip = nn.utils.clip_grad_norm_
+
+    def cut(*arguments: Any) -> Tensor:
+        norm = clip(*arguments)
+        if trainer.step == 7:
+            raise KeyboardInterrupt
+        return norm
+
+    with monkeypatch.context() as patch:
+        patch.setattr(nn.utils, "clip_grad_norm_", cut)
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+    result = trainer.train()
+    assert same(whole, parts)
+    for name in ("step", "loss", "grad_norm", "tokens"):
+        assert [line[name] for line in result.history] == [line[name] for line in expected.history]
+
+
+@pytest.mark.parametrize("when", ["evaluation", "saving"])
+def test_broken_off_between_steps(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+    config = make_config(max_steps=8, learning_rate=0.01, checkpoint_every=3, eval_every=3, log_every=2)
+    whole, parts = make_model(dropout=0.2), make_model(dropout=0.2)
+    expected = train(whole, shards, config, folder=tmp_path / "whole")
+    trainer = Trainer(
+        parts, make_data(shards), make_data(shards, "validation"), config, folder=tmp_path / "parts", progress=False
+    )
+    name = {"evaluation": "mean_loss", "saving": "save_checkpoint"}[when]
+    original = getattr(minillm.training.trainer, name)
+
+    def fail(*arguments: Any, **options: Any) -> Any:
+        if trainer.step == 6:
+            raise OSError("no space left")
+        return original(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(minillm.training.trainer, name, fail)
+        with pytest.raises(OSError, match="no space"):
+            trainer.train()
+    result = trainer.train()
+    assert same(whole, parts)
+    for key in ("step", "loss", "tokens"):
+        assert [line[key] for line in result.history] == [line[key] for line in expected.history]
+
+
 def test_the_handler_of_ctrl_c_is_given_back(shards: Path) -> None:
     before = signal.getsignal(signal.SIGINT)
     train(make_model(), shards, make_config())
@@ -340,6 +393,21 @@ def test_stops_when_a_number_is_not_finite(shards: Path, tmp_path: Path, what: s
     assert all(torch.equal(one, other) for one, other in zip(before, model.parameters(), strict=True))
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["step"] == 4
+
+
+def test_goes_on_when_the_cause_of_a_bad_number_is_gone(shards: Path, tmp_path: Path) -> None:
+    config = make_config(checkpoint_every=2, learning_rate=0.01)
+    whole, model = make_model(dropout=0.2), make_model(dropout=0.2)
+    expected = train(whole, shards, config, validation_data=None)
+    trainer = Trainer(model, make_data(shards), None, config, folder=tmp_path, progress=False)
+    hook = model.register_forward_hook(lambda module, inputs, out: out * math.nan if trainer.step == 4 else out)
+    for _ in range(2):
+        with pytest.raises(NonFiniteError, match="stopped at step 5"):
+            trainer.train()
+    hook.remove()
+    result = trainer.train()
+    assert same(whole, model)
+    assert [line["loss"] for line in result.history] == [line["loss"] for line in expected.history]
 
 
 def test_a_stop_without_a_checkpoint_says_so(shards: Path) -> None:
