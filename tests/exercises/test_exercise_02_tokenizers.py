@@ -139,6 +139,27 @@ def count_pairs(words):
                 ),
                 "from the right",
             ),
+            "the second id copied as well": (
+                MERGE_PAIR.format(
+                    body="for i in range(len(word)): merged.append(new_id if word[i:i+2] == pair else word[i])"
+                ),
+                "step over both ids after a merge, you copy the second one as well; yours become (3, 256, 2)",
+            ),
+            "the second id copied, the last position left out": (
+                MERGE_PAIR.format(
+                    body="for i in range(len(word) - 1): merged.append(new_id if word[i:i+2] == pair else word[i])"
+                ),
+                "you copy the second one as well; yours become (3, 256) and (256, 2)",
+            ),
+            "the sum of the two": (
+                MERGE_PAIR.format(
+                    body="""while i < len(word):
+        hit = word[i:i+2] == pair
+        merged.append(pair[0] + pair[1] if hit else word[i])
+        i += 2 if hit else 1"""
+                ),
+                "put new_id in the word, not the sum of the two",
+            ),
             "first occurrence only": (
                 """
 def merge_pair(word, pair, new_id):
@@ -165,7 +186,7 @@ def merge_pair(word, pair, new_id):
         merged.append(new_id if hit else word[i])
         i += 2 if hit else 1"""
                 ),
-                "at the end of the word",
+                "at the end of the word must be merged too; yours becomes (3, 1, 2)",
             ),
             "either order": (
                 MERGE_PAIR.format(
@@ -220,6 +241,32 @@ def train_bpe(words, n_merges):
                     stop="if not pairs or (max(pairs.values()) < 2 and merges): break", best=BEST, new_id=NEW_ID
                 ),
                 "occurs once and is still merged",
+            ),
+            "stops when the most frequent pair occurs once": (
+                TRAIN_BPE.format(
+                    stop=f"best = {BEST} if pairs else None\n        if best is None or pairs[best] < 2: break",
+                    best="best",
+                    new_id=NEW_ID,
+                ),
+                "a pair that occurs once is still merged",
+            ),
+            "rarest pair first": (
+                TRAIN_BPE.format(stop=STOP, best="min(pairs, key=lambda p: (pairs[p], p))", new_id=NEW_ID),
+                "you take the rarest",
+            ),
+            "words left as bytes": (
+                TRAIN_BPE.format(stop=STOP, best=BEST, new_id=NEW_ID).replace("tuple(word)", "word"),
+                "Are your words tuples of ids? tuple(b'ab') is (97, 98)",
+            ),
+            "words left as bytes, pairs counted with zip": (
+                "def pairs_by_zip(words):\n"
+                "    every = [(p, n) for word, n in words.items() for p in zip(word, word[1:])]\n"
+                "    return {p: sum(n for other, n in every if other == p) for p, _ in every}\n"
+                + TRAIN_BPE.format(stop=STOP, best=BEST, new_id=NEW_ID)
+                .replace("tuple(word)", "word")
+                .replace("count_pairs", "pairs_by_zip"),
+                "you learn (97, 98) twice: the first merge changed no word. Are your words tuples of ids? "
+                "tuple(b'ab') is (97, 98)",
             ),
             "ids start at 257": (
                 TRAIN_BPE.format(stop=STOP, best=BEST, new_id="257 + len(merges)"),
@@ -348,6 +395,20 @@ def encode(text, merges, special_tokens):
                 ),
                 "an empty pattern splits everywhere",
             ),
+            "text not cut into words": (
+                ENCODE.format(
+                    parts="""special = sorted(special_tokens, key=len, reverse=True)
+    parts = regex.split("(" + "|".join(map(regex.escape, special)) + ")", text) if special else [text]"""
+                ).replace("split_words(part)", "[part.encode()]"),
+                "a merge never reaches from one word into the next",
+            ),
+            "text cut into words only without special tokens": (
+                ENCODE.format(
+                    parts="""special = sorted(special_tokens, key=len, reverse=True)
+    parts = regex.split("(" + "|".join(map(regex.escape, special)) + ")", text) if special else [text]"""
+                ).replace("split_words(part)", "([part.encode()] if special else split_words(part))"),
+                "a merge never reaches into it",
+            ),
             "first occurrence only": (
                 """
 def encode(text, merges, special_tokens):
@@ -383,6 +444,10 @@ def encode(text, merges, special_tokens):
             "each token decoded alone": (
                 DECODE.format(special=SPECIAL, text="''.join(pieces[i].decode(errors='replace') for i in ids)"),
                 "join the bytes of all tokens first",
+            ),
+            "each token decoded alone, damage ignored": (
+                DECODE.format(special=SPECIAL, text="''.join(pieces[i].decode(errors='ignore') for i in ids)"),
+                "spell '日', you return '': errors='ignore', token by token",
             ),
             "damage hidden": (
                 DECODE.format(special=SPECIAL, text="b''.join(pieces[i] for i in ids).decode(errors='ignore')"),
