@@ -12,7 +12,7 @@ from nbformat import NotebookNode
 
 from minillm.course.notebooks import node
 from minillm.exercises.format import HIDDEN, SEED_LINE, Exercise, Part, parse, replace_regions, role, stub
-from minillm.exercises.rules import aliases, violation
+from minillm.exercises.rules import Surroundings, surroundings, violation
 from minillm.exercises.submission import Submission, first_line
 
 
@@ -38,12 +38,11 @@ def assemble(exercise: Exercise, submission: Submission, *, seed: int = 0, hidde
     """
     notebook = copy.deepcopy(exercise.notebook)
     notes = list(submission.notes)
-    setup = "\n".join(cell.source for cell in notebook.cells if role(cell) == "setup")
-    known = aliases(setup)
+    around = surroundings(exercise, [*submission.answers.values(), *(extra.source for extra in submission.extras)])
     every = sorted({name for part in exercise.parts for name in part.forbidden})
     extras: dict[str | None, list[NotebookNode]] = {}
     for number, extra in enumerate(submission.extras):
-        refused = violation(extra.source, every, known)
+        refused = violation(extra.source, every, around)
         if refused is not None:
             notes.append(f"a cell of your own was left out, it {refused[1]}: {first_line(extra.source)!r}")
             continue
@@ -60,7 +59,7 @@ def assemble(exercise: Exercise, submission: Submission, *, seed: int = 0, hidde
         elif kind == "check" and not hidden:
             cell.source = replace_regions(cell.source, HIDDEN, None)
         elif kind == "answer":
-            _put_answer(cell, exercise.part(cell.metadata["minillm"]["part"]), submission, known)
+            _put_answer(cell, exercise.part(cell.metadata["minillm"]["part"]), submission, around)
         cells += [cell, *extras.get(cell.id, [])]
     notebook.cells = cells
     notebook.metadata["minillm"]["notes"] = notes
@@ -72,24 +71,24 @@ def _extra_cell(source: str, number: int) -> NotebookNode:
     return node(cell | {"outputs": [], "execution_count": None})
 
 
-def _put_answer(cell: NotebookNode, part: Part, submission: Submission, known: dict[str, str]) -> None:
+def _put_answer(cell: NotebookNode, part: Part, submission: Submission, around: Surroundings) -> None:
     unsolved = stub(cell.source, part)
     answer = submission.answers.get(part.number, unsolved)
-    status = answer_status(answer, unsolved, part, known)
+    status = answer_status(answer, unsolved, part, around)
     cell.metadata["judge"].update(status=status, solution=cell.source, defines=sorted(part.defines))
     cell.source = answer
     cell.outputs, cell.execution_count = [], None
 
 
-def answer_status(answer: str, unsolved: str, part: Part, known: dict[str, str]) -> str:
+def answer_status(answer: str, unsolved: str, part: Part, around: Surroundings) -> str:
     """ "written", "not started", or one sentence that says why this answer is not run."""
     if answer.strip() in ("", unsolved.strip()):
         return "not started"
     try:
         tree = parse(answer)
-    except (SyntaxError, ValueError, RecursionError) as error:
+    except SyntaxError as error:
         return _syntax_sentence(answer, error)
-    refused = violation(answer, part.forbidden, known)
+    refused = violation(answer, part.forbidden, around)
     if refused is not None:
         return f"line {refused[0]} of your answer {refused[1]}"
     if any(
@@ -99,9 +98,9 @@ def answer_status(answer: str, unsolved: str, part: Part, known: dict[str, str])
     return "written"
 
 
-def _syntax_sentence(answer: str, error: Exception) -> str:
-    if not isinstance(error, SyntaxError) or error.lineno is None:
-        return f"your answer is not Python: {error}"
+def _syntax_sentence(answer: str, error: SyntaxError) -> str:
+    if error.lineno is None:
+        return f"your answer is not Python: {error.msg}"
     lines = answer.splitlines()
     line = lines[error.lineno - 1].strip() if error.lineno <= len(lines) else ""
     if line.startswith(("%", "!")) or line.endswith("?"):

@@ -15,7 +15,7 @@ from minillm.course.notebooks import execute as run_notebook
 from minillm.course.notebooks import node, notebook_bytes, read_notebook, write_atomically, write_notebook
 from minillm.exercises.folder import find_folder, find_source, load, sources
 from minillm.exercises.format import HIDDEN, Exercise, fingerprint, replace_regions, role, stub
-from minillm.exercises.submission import read_cells
+from minillm.exercises.submission import read_cells, read_json
 from minillm.exercises.wording import without_colours
 
 
@@ -33,16 +33,10 @@ def generate(exercise: Exercise) -> NotebookNode:
             cell.source = stub(cell.source, part)
             cell.outputs, cell.execution_count = [], None
             # Hints come one at a time from `minillm exercises hint`, so the notebook does not carry them.
-            cell.metadata["minillm"] = node(
-                {
-                    "part": part.number,
-                    "title": part.title,
-                    "minutes": part.minutes,
-                    "stub": fingerprint(cell.source),
-                }
-            )
+            cell.metadata["minillm"] = node({"part": part.number, "title": part.title, "minutes": part.minutes})
         elif kind == "check":
             cell.source = replace_regions(cell.source, HIDDEN, None)
+    notebook.metadata["minillm"]["generated"] = fingerprint(notebook.cells)
     return notebook
 
 
@@ -72,7 +66,7 @@ def build(
             work = students_work(target)
             if work and not force:
                 raise ValueError(
-                    f"{target} holds work of its own ({', '.join(work)}) and would be overwritten: "
+                    f"{target} holds work of its own ({work}) and would be overwritten: "
                     "move it away, or build with --force (a copy is kept beside it)"
                 )
             if work:
@@ -92,21 +86,21 @@ def _execute(source: Path, folder: Path) -> None:
         raise ValueError(f"{source.name}: the solution does not run: {said}") from error
 
 
-def students_work(path: Path) -> list[str]:
-    """What of a generated notebook its student has written: edited answers, added cells. Unreadable counts as work."""
+def students_work(path: Path) -> str:
+    """Whether somebody has written in the notebook at ``path``: a sentence about it, or nothing.
+
+    Anything that differs from what was generated is work, whichever cell it is in. What cannot be told counts as work.
+    """
     try:
+        told = read_json(path).get("metadata")
         cells = read_cells(path)
     except ValueError:
-        return ["a file that cannot be read as a notebook"]
-    work = []
-    for cell in cells:
-        told = cell["metadata"].get("minillm", {})
-        if "stub" in told:
-            if told["stub"] != fingerprint(cell["source"]):
-                work.append(f"an answer to {told.get('part')}")
-        elif cell.get("cell_type") == "code" and "nbgrader" not in cell["metadata"] and cell["source"].strip():
-            work.append("an added cell")
-    return work
+        return "it cannot be read as a notebook"
+    minillm = told.get("minillm") if isinstance(told, dict) else None
+    generated = minillm.get("generated") if isinstance(minillm, dict) else None
+    if generated is None:
+        return "nothing in it tells what was generated"
+    return "" if generated == fingerprint(cells) else "its cells are not those that were generated"
 
 
 def _free_backup(path: Path) -> Path:

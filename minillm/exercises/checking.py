@@ -10,7 +10,7 @@ from nbformat import NotebookNode
 from minillm.exercises.assemble import assemble
 from minillm.exercises.folder import find_folder, find_source, load
 from minillm.exercises.format import Exercise, Part
-from minillm.exercises.run import Run, judge_notebook
+from minillm.exercises.run import Run, judge_notebook, require_positive
 from minillm.exercises.submission import read_submission
 
 Status = Literal["passed", "not started", "failed", "not judged"]
@@ -71,8 +71,9 @@ def check(exercise: str, *, seed: int | None = None, timeout: float = 60, folder
         folder: the exercises folder; by default ``./exercises`` or the clone's own.
 
     Raises:
-        ValueError: there is no such exercise or notebook, or the file is not a notebook.
+        ValueError: there is no such exercise or notebook, the file is not a notebook, or the timeout is not positive.
     """
+    require_positive(timeout=timeout)
     source = find_source(exercise, find_folder(folder))
     task = load(source)
     path = Path(exercise) if exercise.endswith(".ipynb") else task.student_path

@@ -14,11 +14,13 @@ and forbidden names. :mod:`minillm.exercises.validation` holds a source to these
 
 import ast
 import hashlib
+import json
 import re
 import warnings
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from nbformat import NotebookNode
 
@@ -87,17 +89,26 @@ def role(cell: NotebookNode) -> Role:
 
 
 def parse(source: str) -> ast.Module:
-    """``ast.parse`` without the warnings that Python has for doubtful literals: they must not fail a student's cell."""
+    """``ast.parse`` without the warnings that Python has for doubtful literals: they must not fail a student's cell.
+
+    Whatever a student wrote, ``SyntaxError`` is all that it raises: also for null bytes (``ValueError`` in Python) and
+    for code nested too deeply for Python (``RecursionError`` or ``MemoryError``, by the kind of nesting).
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return ast.parse(source)
+        try:
+            return ast.parse(source)
+        except (RecursionError, MemoryError):
+            raise SyntaxError("it is nested too deeply for Python to read") from None
+        except ValueError as error:
+            raise SyntaxError(str(error)) from None
 
 
 def definitions(source: str) -> frozenset[str]:
     """Names of the functions and classes that ``source`` defines at its top level (none if it does not parse)."""
     try:
         tree = parse(source)
-    except (SyntaxError, ValueError):
+    except SyntaxError:
         return frozenset()
     return frozenset(n.name for n in tree.body if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef))
 
@@ -131,6 +142,11 @@ def stub(source: str, part: Part) -> str:
     return replace_regions(source, SOLUTION, f'raise NotImplementedError("{message}")')
 
 
-def fingerprint(source: str) -> str:
-    """Recorded with each generated stub, so that a later build can tell a student's answer from an untouched stub."""
-    return hashlib.sha256(source.strip().encode()).hexdigest()[:16]
+def fingerprint(cells: Iterable[Mapping[str, Any]]) -> str:
+    """Of all that somebody could write in a notebook: the cells' types and sources, in order.
+
+    Recorded in each generated notebook, so that a later build can tell whether somebody has worked in it. Outputs,
+    counts, ids, metadata and empty cells are left out: front ends change those when a notebook is only run and saved.
+    """
+    written = [[cell.get("cell_type"), cell["source"].strip()] for cell in cells if cell["source"].strip()]
+    return hashlib.sha256(json.dumps(written).encode()).hexdigest()[:16]

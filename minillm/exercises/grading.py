@@ -24,8 +24,8 @@ from minillm.exercises.assemble import assemble
 from minillm.exercises.checking import Report, report_of
 from minillm.exercises.folder import find_exercise, find_folder, load, sources
 from minillm.exercises.format import Exercise
-from minillm.exercises.run import judge_notebook
-from minillm.exercises.submission import read_cells, read_submission
+from minillm.exercises.run import judge_notebook, require_positive
+from minillm.exercises.submission import names_of, read_cells, read_submission
 
 
 @dataclass(frozen=True)
@@ -77,20 +77,26 @@ def grade(
         folder: the exercises folder; by default ``./exercises`` or the clone's own.
 
     Raises:
-        ValueError: there is no such folder or exercise, or a limit is not positive.
+        ValueError: there is no such folder or exercise, no notebook in it, no folder for ``output``, or a limit is not
+            positive. All of these before anything is judged.
     """
     root = Path(submissions)
     if not root.is_dir():
         raise ValueError(f"submissions: {root} is not a folder")
-    for name, value in (("timeout", timeout), ("memory_mb", memory_mb), ("jobs", jobs)):
-        if value <= 0:
-            raise ValueError(f"{name} must be positive, not {value}")
+    require_positive(timeout=timeout, memory_mb=memory_mb, jobs=jobs)
+    table = Path(output)
+    if table.is_dir():
+        raise ValueError(f"output: {table} is a folder, name the file")
+    if not table.parent.is_dir():
+        raise ValueError(f"output: there is no folder {table.parent} to write {table.name} to")
     place = find_folder(folder)
     known = [load(source) for source in sources(place)] if exercise is None else [find_exercise(exercise, place)]
     seed = random.SystemRandom().randrange(1, 100_000) if seed is None else seed
 
     stop = threading.Event()
     notebooks = _notebooks(root)
+    if not notebooks:
+        raise ValueError(f"submissions: there is no notebook (*.ipynb) below {root}")
 
     def row_of(path: Path) -> Row:
         return _grade_one(path, root, known, timeout=timeout, memory_mb=memory_mb, seed=seed, stop=stop)
@@ -102,7 +108,7 @@ def grade(
             stop.set()  # Ctrl-C: what is being judged ends now, with its kernels
             pool.shutdown(wait=True, cancel_futures=True)
             raise
-    return Grades(write_atomically(Path(output), _table(rows, seed)), rows, seed)
+    return Grades(write_atomically(table, _table(rows, seed)), rows, seed)
 
 
 def _notebooks(root: Path) -> list[Path]:
@@ -119,13 +125,16 @@ def _grade_one(
     try:
         exercise = _exercise_of(path, known)
         notebook = assemble(exercise, read_submission(path, exercise), seed=seed, hidden=True)
-    except ValueError as error:
+        cell_timeout = max(1.0, timeout / (len(exercise.parts) + 1))
+        run = judge_notebook(notebook, cell_timeout=cell_timeout, timeout=timeout, memory_mb=memory_mb, stop=stop)
+        report = report_of(exercise, notebook, run, path=path, seed=seed)
+    except Exception as error:  # whatever one submission does to the machine, the others are graded
+        reason = (
+            str(error) if isinstance(error, ValueError) else f"could not be judged: {type(error).__name__}: {error}"
+        )
         maximum = sum(sum(part.points.values()) for part in exercise.parts) if exercise else 0.0
         name = exercise.name if exercise else ""
-        return Row(_student(relative, name), name, str(relative), 0.0, maximum, {}, str(error))
-    cell_timeout = max(1.0, timeout / (len(exercise.parts) + 1))
-    run = judge_notebook(notebook, cell_timeout=cell_timeout, timeout=timeout, memory_mb=memory_mb, stop=stop)
-    report = report_of(exercise, notebook, run, path=path, seed=seed)
+        return Row(_student(relative, name), name, str(relative), 0.0, maximum, {}, reason)
     return Row(
         student=_student(relative, exercise.name),
         exercise=exercise.name,
@@ -149,8 +158,7 @@ def _exercise_of(path: Path, known: list[Exercise]) -> Exercise:
     for exercise in known:
         if exercise.name in path.stem:
             return exercise
-    ids = {cell.get("id") for cell in read_cells(path)}
-    ids |= {cell["metadata"].get("nbgrader", {}).get("grade_id") for cell in read_cells(path)}
+    ids = {name for cell in read_cells(path) for name in names_of(cell)}
     for exercise in known:
         if ids & {part.answer for part in exercise.parts}:
             return exercise
@@ -185,7 +193,7 @@ def _table(rows: tuple[Row, ...], seed: int) -> bytes:
             str(seed),
         ]
         writer.writerow([_plain(cell) for cell in cells])
-    return text.getvalue().encode()
+    return text.getvalue().encode(errors="backslashreplace")  # file names and messages need not be valid Unicode
 
 
 def _plain(cell: str) -> str:

@@ -2,16 +2,17 @@
 
 A rule over the syntax tree, so comments and strings do no harm and nothing is run. A forbidden name is either dotted,
 and then matches what is imported under that name or below it (``tokenizers``, ``torch.nn.functional.softmax``, also
-through an alias: ``F.softmax``), or a single word, and then also matches any attribute or imported name
-(``x.softmax(-1)``), though not a function of that name which the student defines. It makes the shortcut visible, not
-impossible: ``getattr`` with a computed string gets through, and solutions are public anyway.
+through an alias: ``F.softmax``), or a single word, and then also matches any attribute, imported name or name that the
+answer finds in the namespace (``x.softmax(-1)``), though not a function of that name which the student defines. Where a
+check imports the name, the student's own would be replaced by it before it is called, so that is no excuse. It makes
+the shortcut visible, not impossible: ``getattr`` with a computed string gets through, and solutions are public anyway.
 """
 
 import ast
-import builtins
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
-from minillm.exercises.format import parse
+from minillm.exercises.format import Exercise, parse, role
 
 _ALWAYS = {
     "minillm.exercises": "the checks' own tools are not part of an answer",
@@ -29,7 +30,30 @@ _ALWAYS = {
     "exit": "it ends the whole notebook: return instead",
     "quit": "it ends the whole notebook: return instead",
 }
-_BUILTINS = {*dir(builtins), "get_ipython", "exit", "quit"}  # the latter two are site's
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What the rest of the notebook leaves in the namespace that an answer runs in."""
+
+    imports: Mapping[str, str] = field(default_factory=dict)  # of setup and check cells: local name -> dotted name
+    imported_by_checks: frozenset[str] = frozenset()  # nobody's own: a check binds them after the answer has run
+    own: frozenset[str] = frozenset()  # names that setup cells and the student's other cells define
+
+
+def surroundings(exercise: Exercise, written: Iterable[str]) -> Surroundings:
+    """What an answer to ``exercise`` meets there, where ``written`` are all cells that the student wrote."""
+    setup, checks = (
+        "\n".join(cell.source for cell in exercise.notebook.cells if role(cell) == kind) for kind in ("setup", "check")
+    )
+    own: set[str] = set()
+    for source in (setup, *written):
+        try:
+            own |= _own_names(parse(source))
+        except SyntaxError:
+            continue  # that cell is not run
+    own |= {name for part in exercise.parts for name in part.defines}
+    return Surroundings(aliases(checks) | aliases(setup), frozenset(aliases(checks)), frozenset(own))
 
 
 def aliases(source: str) -> dict[str, str]:
@@ -37,7 +61,7 @@ def aliases(source: str) -> dict[str, str]:
     bound: dict[str, str] = {}
     try:
         tree = parse(source)
-    except (SyntaxError, ValueError):
+    except SyntaxError:
         return bound
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -51,18 +75,18 @@ def aliases(source: str) -> dict[str, str]:
     return bound
 
 
-def violation(source: str, forbidden: Iterable[str], known: Mapping[str, str]) -> tuple[int, str] | None:
+def violation(source: str, forbidden: Iterable[str], around: Surroundings) -> tuple[int, str] | None:
     """The first forbidden use in ``source``, as (line, sentence), or None.
 
     Args:
         source: an answer that parses.
         forbidden: the part's forbidden names.
-        known: what names from elsewhere in the notebook stand for (:func:`aliases` of the setup cells).
+        around: what names from elsewhere in the notebook stand for.
     """
     tree = parse(source)
     rules = dict.fromkeys(forbidden, "that is what this part asks you to build") | _ALWAYS
-    bound = {**known, **aliases(source)}
-    own = _own_names(tree)
+    bound = {**around.imports, **aliases(source)}
+    own = (_own_names(tree) | around.own) - around.imported_by_checks
     nodes = [node for node in ast.walk(tree) if isinstance(node, ast.stmt | ast.expr)]
     for node in sorted(nodes, key=lambda node: (node.lineno, node.col_offset)):
         if isinstance(node, ast.ImportFrom) and node.names[0].name == "*":
@@ -74,11 +98,14 @@ def violation(source: str, forbidden: Iterable[str], known: Mapping[str, str]) -
     return None
 
 
+_NAMING = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.ExceptHandler | ast.MatchAs | ast.MatchStar
+
+
 def _own_names(tree: ast.AST) -> set[str]:
-    """Names that the answer gives to things of its own: functions, classes, variables, arguments."""
+    """Names that the code gives to things of its own: functions, classes, variables, arguments."""
     own: set[str] = set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        if isinstance(node, _NAMING) and node.name is not None:
             own.add(node.name)
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             own.add(node.id)
@@ -88,7 +115,8 @@ def _own_names(tree: ast.AST) -> set[str]:
 
 
 def _uses(node: ast.AST, bound: Mapping[str, str], own: set[str]) -> list[tuple[str, bool]]:
-    """Dotted names that ``node`` uses, each with whether its root is something imported (or a builtin)."""
+    """Dotted names that ``node`` uses, each with whether its root comes from outside the answer: it is imported, a
+    builtin, or left in the namespace by a cell of somebody else's."""
     if isinstance(node, ast.Import):
         return [(name.name, True) for name in node.names]
     if isinstance(node, ast.ImportFrom):
@@ -96,9 +124,7 @@ def _uses(node: ast.AST, bound: Mapping[str, str], own: set[str]) -> list[tuple[
     if isinstance(node, ast.Name):
         if node.id in own:
             return []
-        if node.id in bound:
-            return [(bound[node.id], True)]
-        return [(node.id, True)] if node.id in _BUILTINS else []
+        return [(bound.get(node.id, node.id), True)]
     if isinstance(node, ast.Attribute):
         path = [node.attr]
         value = node.value

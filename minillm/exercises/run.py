@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -29,6 +30,13 @@ class Run:
     cells: list[dict[str, Any]] = field(default_factory=list)  # cell, role, part, outcome, message
     notes: list[str] = field(default_factory=list)  # about the student's own cells
     trouble: str = ""  # why there is nothing more: killed after so many seconds, or it could not start
+
+
+def require_positive(**limits: float) -> None:
+    """``ValueError`` naming the first limit that is not a finite number above 0."""
+    for name, value in limits.items():
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} must be positive (and finite), not {value}")
 
 
 def judge_notebook(

@@ -8,11 +8,14 @@ left out and mentioned.
 """
 
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from minillm.exercises.format import Exercise, Part, definitions, parse, role
+
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -33,31 +36,36 @@ class Submission:
     notes: list[str] = field(default_factory=list)  # what was restored or left out, in sentences
 
 
-def read_cells(path: Path) -> list[dict[str, Any]]:
-    """The cells of a notebook file of any format 4 version, as plain dictionaries with joined sources.
-
-    ``ValueError`` says in what way the file is not a notebook.
-    """
+def read_json(path: Path) -> dict[str, Any]:
+    """A notebook file of any format 4 version as it stands; ``ValueError`` says in what way it is not a notebook."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"there is no notebook {path}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # beside broken JSON: numbers of too many digits
         raise ValueError(
             f"{path} is not a notebook: its JSON is broken ({error}); was it half saved or merged with conflicts?"
         ) from None
-    cells = data.get("cells") if isinstance(data, dict) else None
-    if not isinstance(cells, list):
+    if not isinstance(data, dict) or not isinstance(data.get("cells"), list):
         raise ValueError(
             f"{path} is not a notebook of format 4: it has no list of cells; open it in JupyterLab and save it"
         )
+    return data
+
+
+def read_cells(path: Path) -> list[dict[str, Any]]:
+    """The cells of :func:`read_json` as dictionaries whose source is one string and whose metadata is a dictionary.
+
+    JSON can hold half of a surrogate pair, which no file and no kernel takes: U+FFFD stands in for it.
+    """
     read = []
-    for cell in cells:
+    for cell in read_json(path)["cells"]:
         if isinstance(cell, dict):
             source = cell.get("source", "")
             text = "".join(str(piece) for piece in source) if isinstance(source, list) else str(source)
+            text = _LONE_SURROGATE.sub("\ufffd", text)
             metadata = cell.get("metadata")
             read.append({**cell, "source": text, "metadata": metadata if isinstance(metadata, dict) else {}})
     return read
@@ -96,13 +104,15 @@ def read_submission(path: Path | str, exercise: Exercise) -> Submission:
     return Submission(path, answers, runnable, notes)
 
 
-def _pristine_id(cell: dict[str, Any], pristine: dict[str, Any]) -> str | None:
+def names_of(cell: dict[str, Any]) -> list[str]:
+    """What a cell of :func:`read_cells` is called: its id and nbgrader's, as far as it has them."""
     nbgrader = cell["metadata"].get("nbgrader")
     names = [cell.get("id"), nbgrader.get("grade_id") if isinstance(nbgrader, dict) else None]
-    for name in names:
-        if isinstance(name, str) and name in pristine:
-            return name
-    return None
+    return [name for name in names if isinstance(name, str)]
+
+
+def _pristine_id(cell: dict[str, Any], pristine: dict[str, Any]) -> str | None:
+    return next((name for name in names_of(cell) if name in pristine), None)
 
 
 def _found_elsewhere(part: Part, extras: list[Extra], answers: dict[str, str], notes: list[str]) -> bool:
@@ -119,7 +129,7 @@ def _found_elsewhere(part: Part, extras: list[Extra], answers: dict[str, str], n
 def _can_run(extra: Extra, notes: list[str]) -> bool:
     try:
         parse(extra.source)
-    except (SyntaxError, ValueError):
+    except SyntaxError:
         notes.append(f"a cell of your own was left out, it is not plain Python: {first_line(extra.source)!r}")
         return False
     return True

@@ -27,7 +27,7 @@ from minillm.exercises.building import generate
 from minillm.exercises.checking import report_of
 from minillm.exercises.folder import find_exercise
 from minillm.exercises.format import Exercise, role, stub
-from minillm.exercises.rules import aliases
+from minillm.exercises.rules import surroundings
 from minillm.exercises.run import judge_notebook
 from minillm.exercises.submission import read_submission
 
@@ -41,13 +41,12 @@ def judge(
     """What a student hears who answers ``part`` with ``answer`` (the answer cell's whole source); None if it passes."""
     asked = find_exercise(exercise, folder) if isinstance(exercise, str) else exercise
     target = asked.part(part)
-    setup = "\n".join(cell.source for cell in asked.notebook.cells if role(cell) == "setup")
     unsolved = stub(next(cell.source for cell in asked.notebook.cells if cell.id == target.answer), target)
-    status = answer_status(answer, unsolved, target, aliases(setup))
-    if status != "written":
-        return status
     submission = solved(asked)
     submission.answers[part] = answer
+    status = answer_status(answer, unsolved, target, surroundings(asked, submission.answers.values()))
+    if status != "written":
+        return status
     notebook = assemble(asked, submission, seed=seed, hidden=True)
     with _Cells() as cells:
         for cell in notebook.cells:

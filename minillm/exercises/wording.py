@@ -18,8 +18,8 @@ def without_colours(text: str) -> str:
 
 
 def shorten(message: str) -> str:
-    """One line of at most ``LONGEST`` characters."""
-    message = " ".join(message.split())
+    """One line of at most ``LONGEST`` characters, which any terminal and file can take: no half surrogate pairs."""
+    message = " ".join(message.encode("utf-8", "backslashreplace").decode().split())
     return message if len(message) <= LONGEST else message[: LONGEST - 3] + "..."
 
 

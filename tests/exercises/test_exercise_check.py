@@ -149,3 +149,9 @@ def test_a_notebook_that_is_not_there(student):
     os.mkdir(student.path)
     with pytest.raises(ValueError, match="cannot be read"):
         check("90", folder=student.folder)
+
+
+@pytest.mark.parametrize("timeout", [0, -5, float("nan"), float("inf")])
+def test_a_timeout_that_is_none_is_refused(student, timeout):
+    with pytest.raises(ValueError, match=f"timeout must be positive .*, not {timeout}"):
+        check("90", folder=student.folder, timeout=timeout)

@@ -3,14 +3,16 @@
 import csv
 import json
 import os
+import shutil
 import threading
 
 import pytest
 
-from minillm.exercises import grade
+from minillm.course.notebooks import write_notebook
+from minillm.exercises import grade, grading
 from minillm.exercises.assemble import assemble, solved
 from minillm.exercises.folder import find_exercise
-from minillm.exercises.run import judge_notebook
+from minillm.exercises.run import Run, judge_notebook
 
 
 @pytest.fixture
@@ -104,15 +106,71 @@ def test_judging_ends_at_once_when_told_to(student):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"timeout": 0}, "timeout must be positive, not 0"),
+        ({"timeout": 0}, r"timeout must be positive .*, not 0"),
+        ({"timeout": float("nan")}, r"timeout must be positive .*, not nan"),
         ({"memory_mb": -1}, "memory_mb must be positive"),
         ({"jobs": 0}, "jobs must be positive"),
         ({"exercise": "91"}, "90_numbers"),
+        ({"output": "nowhere/grades.csv"}, "output: there is no folder nowhere to write grades.csv to"),
+        ({"output": "."}, "output: . is a folder"),
     ],
 )
 def test_bad_arguments_are_refused(student, tmp_path, options, words):
     with pytest.raises(ValueError, match=words):
-        grade(tmp_path, output=tmp_path / "grades.csv", folder=student.folder, **options)
+        grade(tmp_path, **({"output": tmp_path / "grades.csv", "folder": student.folder} | options))
     with pytest.raises(ValueError, match="is not a folder"):
         grade(tmp_path / "nowhere", output=tmp_path / "grades.csv", folder=student.folder)
     assert not (tmp_path / "grades.csv").exists()
+
+
+def test_a_folder_without_notebooks_is_refused(student, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"submissions: there is no notebook \(\*.ipynb\) below .*empty"):
+        grade(tmp_path / "empty", output=tmp_path / "grades.csv", folder=student.folder)
+    assert not (tmp_path / "grades.csv").exists()
+
+
+def _with(**change):
+    return lambda notebook: [cell.update(change) for cell in notebook["cells"]]
+
+
+SPOILT = {
+    "deep_operators": lambda notebook: notebook["cells"][1].update(id="mine", source="x = " + "-" * 100_000 + "1"),
+    "deep_attributes": lambda notebook: notebook["cells"][1].update(id="mine", source="x" + ".a" * 200_000),
+    "no_nbgrader": _with(metadata={"nbgrader": None}),
+    "list_for_nbgrader": _with(metadata={"nbgrader": ["x"]}),
+    "list_for_id": _with(id=["x"]),
+    "text_for_metadata": _with(metadata="x"),
+    "text_for_minillm": _with(metadata={"minillm": "x"}),
+    "half_a_character": _with(id="\ud800", source="'\ud800'"),
+    "nothing_to_tell_by": _with(id=["x"], metadata={"nbgrader": None}),
+    "numbers_for_cells": lambda notebook: notebook.update(cells=[1, 2]),
+}
+
+
+def test_nothing_in_a_file_costs_others_their_grade(student, hand_in, tmp_path, monkeypatch):
+    """Two exercises and file names that do not tell: each file is read to find out which it answers."""
+    shutil.copy(student.folder / "solutions" / "90_numbers.ipynb", student.folder / "solutions" / "90_other.ipynb")
+    for name, spoil in SPOILT.items():
+        path = hand_in(f"{name}/homework.ipynb")
+        notebook = json.loads(path.read_text())
+        spoil(notebook)
+        path.write_text(json.dumps(notebook))
+    (hand_in("raising/homework.ipynb").parent / "halb\udcff.ipynb").write_text("{")
+    judged = []
+
+    def judge(notebook, **_):
+        write_notebook(notebook, tmp_path / "judged.ipynb")
+        judged.append(notebook)
+        if len(judged) == 1:
+            raise OSError("no more processes")
+        return Run(trouble="not judged here")
+
+    monkeypatch.setattr(grading, "judge_notebook", judge)
+    rows = grade(tmp_path / "submitted", output=tmp_path / "grades.csv", folder=student.folder).rows
+    assert len(rows) == len(SPOILT) + 2
+    reasons = [row.reason for row in rows]
+    assert sum("which exercise is this?" in reason for reason in reasons) == 2
+    assert sum(reason == "could not be judged: OSError: no more processes" for reason in reasons) == 1
+    assert sum("JSON is broken" in reason for reason in reasons) == 1
+    assert len(list(csv.reader((tmp_path / "grades.csv").open(newline="")))) == len(rows) + 1

@@ -2,6 +2,7 @@
 
 import pytest
 
+from minillm.course.notebooks import notebook_bytes
 from minillm.exercises.assemble import assemble
 from minillm.exercises.folder import find_exercise
 from minillm.exercises.format import role
@@ -140,6 +141,10 @@ def test_the_judged_notebook_takes_only_answers_from_the_student(student):
         ("def total(n)\n    pass", "line 1 of your answer is not Python (expected ':'): def total(n)"),
         ("x = '\\d'", "written"),
         ("\0", "is not Python"),
+        ("x = " + "-" * 100_000 + "1", "your answer is not Python: it is nested too deeply for Python to read"),
+        ("x" + ".a" * 200_000, "your answer is not Python: it is nested too deeply for Python to read"),
+        ("def total(n):\n    return '\ud800'", "written"),
+        ("\ud800", "line 1 of your answer is not Python"),
         ("SEED = 0", "your answer sets SEED, which belongs to the checks: choose another name"),
         ("import math", "line 1 of your answer uses math: that is what this part asks you to build"),
     ],
@@ -150,3 +155,13 @@ def test_the_status_of_an_answer_is_known_before_it_runs(student, answer, status
     notebook = assemble(exercise, read_submission(path, exercise))
     cell = next(cell for cell in notebook.cells if cell.id == "answer-90-1")
     assert status in cell.metadata["judge"]["status"]
+
+
+@pytest.mark.parametrize("source", ["x = " + "-" * 100_000 + "1", "x" + ".a" * 200_000, "\0", "\ud800"])
+def test_a_cell_that_python_cannot_read_is_left_out(student, source):
+    submission = read(student, lambda cells: cells.insert(1, code(source)))
+    assert submission.extras == []
+    assert len(submission.notes) == 1
+    assert "it is not plain Python" in submission.notes[0]
+    exercise = find_exercise("90", student.folder)
+    notebook_bytes(assemble(exercise, submission))
