@@ -9,8 +9,10 @@ folder/run.json          the settings, complete: what `load_run` and a later sit
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from minillm.models import Transformer, TransformerConfig
 from minillm.tokenizers import ByteBPETokenizer
 from minillm.training.checkpoint import load_checkpoint
 from minillm.training.config import TrainingConfig
+from minillm.training.integrity import fsync
 from minillm.training.lock import exclusive
 from minillm.training.precision import resolve_device
 from minillm.training.result import TrainingResult
@@ -29,6 +32,7 @@ from minillm.training.run_settings import FILE_NAME, complete_settings, read_set
 from minillm.training.trainer import Trainer
 
 END_OF_TEXT = "<|endoftext|>"
+_PREPARING = ".preparing"
 
 
 def train_run(
@@ -62,27 +66,28 @@ def train_run(
         The trainer's result with `unigram_entropy`, and `entropy_floor` for the synthetic corpus.
 
     Raises:
-        FileExistsError: there is a run in the folder and `resume` is False.
+        FileExistsError: there is a run in the folder and `resume` is False; or there is no run, and a file that the run
+            would write over.
         RuntimeError: another process is training into the folder.
         ValueError: a setting that does not exist or is out of range, or one that differs from that of the run in the
             folder (all but those of `training` are fixed once and for all).
     """
     folder = Path(folder)
     settings = complete_settings(corpus, tokenizer, data, model, training)
+    made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     # Held from the first look on: two that begin in one folder would write over each other's tokenizer and settings.
-    with exclusive(folder):
+    with exclusive(folder), _removed_if_empty(folder, made):
         if (folder / FILE_NAME).exists():
             if not resume:
                 raise FileExistsError(f"{folder} holds a run already; resume it, or name another folder")
             require_same(folder, settings, read_settings(folder))
         else:
             _prepare(folder, settings)
-        bpe = ByteBPETokenizer.load(folder / "tokenizer.json")
-        model_config = _model_config(settings, bpe)
-        train_data, validation = _open_data(folder, settings, model_config, bpe)
+        bpe, model_config, train_data, validation = _open(folder, settings)
         # Only now: what stands here is known to fit together, and an unfinished preparation is begun anew.
         write_settings(folder, settings)
+        (folder / _PREPARING).unlink(missing_ok=True)
         config = TrainingConfig.from_dict(settings["training"])
         torch.manual_seed(config.seed)
         transformer = Transformer(model_config)
@@ -140,24 +145,65 @@ def _token_counts(data: TokenDataset) -> torch.Tensor:
 
 
 def _prepare(folder: Path, settings: dict[str, Any]) -> None:
-    """Write the tokenizer and the shards."""
-    corpus = load_corpus(settings["corpus"])
-    bpe = ByteBPETokenizer.train(corpus, special_tokens=[END_OF_TEXT], **settings["tokenizer"])
-    bpe.save(folder / "tokenizer.json")
-    TokenDataset.write(
-        folder / "data",
-        corpus,
-        bpe,
-        validation_fraction=settings["data"]["validation_fraction"],
-        seed=settings["data"]["seed"],
-        end_of_text=bpe.special_tokens[END_OF_TEXT],
-        overwrite=True,
-    )
+    """Write the tokenizer and the shards, and see that they fit the rest; after an error nothing of them stays.
+
+    Until run.json stands, a marker says that what is here is the work of a preparation, which may be begun anew;
+    without it, a file of such a name is somebody else's.
+    """
+    marker = folder / _PREPARING
+    if not marker.exists():
+        for name in ("tokenizer.json", "data", "metrics.jsonl", "checkpoints"):
+            if (folder / name).exists():
+                raise FileExistsError(
+                    f"{folder / name} is not a run's: {folder} holds no {FILE_NAME}; name another folder"
+                )
+        marker.touch()
+        fsync(folder)
+    try:
+        _discard_preparation(folder)
+        corpus = load_corpus(settings["corpus"])
+        bpe = ByteBPETokenizer.train(corpus, special_tokens=[END_OF_TEXT], **settings["tokenizer"])
+        bpe.save(folder / "tokenizer.json")
+        TokenDataset.write(
+            folder / "data",
+            corpus,
+            bpe,
+            validation_fraction=settings["data"]["validation_fraction"],
+            seed=settings["data"]["seed"],
+            end_of_text=bpe.special_tokens[END_OF_TEXT],
+        )
+        _open(folder, settings)
+    except BaseException:
+        _discard_preparation(folder)
+        marker.unlink()
+        raise
 
 
-def _open_data(
-    folder: Path, settings: dict[str, Any], model_config: TransformerConfig, bpe: ByteBPETokenizer
-) -> tuple[TokenDataset, TokenDataset | None]:
+def _discard_preparation(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink(missing_ok=True)
+    for path in folder.glob("data*"):
+        if path.name == "data" or path.name.startswith("data.partial-"):  # a killed writer's, see TokenDataset.write
+            shutil.rmtree(path)
+
+
+@contextlib.contextmanager
+def _removed_if_empty(folder: Path, made: bool) -> Iterator[None]:
+    """After an error, remove a folder that was made for this and is as empty as it was."""
+    try:
+        yield
+    except BaseException:
+        if made:
+            with contextlib.suppress(OSError):  # not empty
+                folder.rmdir()
+        raise
+
+
+def _open(
+    folder: Path, settings: dict[str, Any]
+) -> tuple[ByteBPETokenizer, TransformerConfig, TokenDataset, TokenDataset | None]:
+    """The tokenizer, the model's configuration, the training data and the validation data, if any, of a run."""
+    bpe = ByteBPETokenizer.load(folder / "tokenizer.json")
+    model_config = _model_config(settings, bpe)
     open_split = partial(
         TokenDataset,
         folder / "data",
@@ -167,7 +213,7 @@ def _open_data(
         tokenizer=bpe,
     )
     validates = settings["data"]["validation_fraction"] > 0
-    return open_split("train"), open_split("validation") if validates else None
+    return bpe, model_config, open_split("train"), open_split("validation") if validates else None
 
 
 def _model_config(settings: dict[str, Any], bpe: ByteBPETokenizer) -> TransformerConfig:

@@ -2,6 +2,9 @@
 
 import math
 import random
+import signal
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,8 @@ SETTINGS: dict[str, Any] = {
     "model": {"context_length": 8, "d_model": 8, "n_layers": 1, "n_heads": 2},
     "training": {"max_steps": 3, "precision": "fp32", "device": "cpu", "eval_batches": None},
 }
+
+FILES = ["checkpoints", "data", "metrics.jsonl", "run.json", "tokenizer.json"]
 
 
 @pytest.fixture(scope="module")
@@ -46,13 +51,7 @@ def test_trains_and_comes_back(corpus: str, tmp_path: Path) -> None:
     result = train_run(folder, corpus=corpus, **SETTINGS, progress=False)
     assert result.step == 3
     assert result.entropy_floor is None
-    assert sorted(path.name for path in folder.iterdir()) == [
-        "checkpoints",
-        "data",
-        "metrics.jsonl",
-        "run.json",
-        "tokenizer.json",
-    ]
+    assert sorted(path.name for path in folder.iterdir()) == FILES
     model, tokenizer = load_run(folder, "cpu")
     assert not model.training
     assert model.config.vocab_size == tokenizer.vocab_size == 270
@@ -78,18 +77,48 @@ def test_goes_on_and_gives_the_run_that_never_stopped(corpus: str, tmp_path: Pat
         assert torch.equal(one, other)
 
 
-def test_an_unfinished_preparation_is_begun_anew(corpus: str, tmp_path: Path) -> None:
-    """Killed before run.json is written, whatever of the rest is there."""
-    for remains in ([], ["tokenizer.json"], ["tokenizer.json", "data"]):
-        folder = tmp_path / "-".join(["run", *remains])
-        train_run(folder, corpus=corpus, **changed("tokenizer", vocab_size=260), progress=False)
-        for name in ("run.json", "metrics.jsonl"):
-            (folder / name).unlink()
-        (folder / "checkpoints").rename(tmp_path / f"away{len(remains)}")
-        for name in {"tokenizer.json", "data"} - set(remains):
-            (folder / name).rename(tmp_path / f"{name}{len(remains)}")
-        train_run(folder, corpus=corpus, **SETTINGS, progress=False)
-        assert load_run(folder, "cpu")[1].vocab_size == 270
+KILLED = """
+import os, signal, sys
+from minillm.training import run
+moments = {"tokenizer": (run.ByteBPETokenizer, "save"), "data": (run.TokenDataset, "write")}
+owner, name = moments.get(sys.argv[3], (run, "write_settings"))
+original = getattr(owner, name)
+def killed(*arguments, **options):
+    if sys.argv[3] != "run.json":
+        original(*arguments, **options)
+    os.kill(os.getpid(), signal.SIGKILL)
+setattr(owner, name, killed)
+tokenizer = {"vocab_size": 260}
+run.train_run(sys.argv[1], corpus=sys.argv[2], tokenizer=tokenizer, data={"batch_size": 2}, model={"context_length": 8})
+"""
+
+
+@pytest.mark.parametrize(
+    ("moment", "remains"),
+    [("tokenizer", ["tokenizer.json"]), ("data", ["data", "tokenizer.json"]), ("run.json", ["data", "tokenizer.json"])],
+)
+def test_a_killed_preparation_is_begun_anew(corpus: str, tmp_path: Path, moment: str, remains: list[str]) -> None:
+    folder = tmp_path / "run"
+    child = subprocess.run([sys.executable, "-c", KILLED, folder, corpus, moment], timeout=60, check=False)
+    assert child.returncode == -signal.SIGKILL
+    assert sorted(path.name for path in folder.iterdir()) == [".preparing", *remains]
+    (folder / "data.partial-00000000").mkdir()  # and a writer of shards was killed before
+    train_run(folder, corpus=corpus, **SETTINGS, progress=False)
+    assert load_run(folder, "cpu")[1].vocab_size == 270
+    assert sorted(path.name for path in folder.iterdir()) == FILES
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "metrics.jsonl", "data", "checkpoints"])
+def test_what_is_not_of_a_run_is_never_written_over(corpus: str, tmp_path: Path, name: str) -> None:
+    if "." in name:
+        (tmp_path / name).write_text("mine", encoding="utf-8")
+    else:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "notes.txt").write_text("mine", encoding="utf-8")
+    before = content(tmp_path)
+    with pytest.raises(FileExistsError, match=rf"{name} is not a run's: .* name another folder"):
+        train_run(tmp_path, corpus=corpus, **SETTINGS, progress=False)
+    assert content(tmp_path) == before
 
 
 def test_unigram_entropy_is_that_of_the_counts(corpus: str, tmp_path: Path) -> None:
@@ -150,10 +179,28 @@ def test_bad_settings_are_named_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_bad_corpus_does_not_spoil_the_folder(corpus: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no-such-corpus"):
-        train_run(tmp_path / "run", corpus="no-such-corpus", **SETTINGS, progress=False)
-    assert train_run(tmp_path / "run", corpus=corpus, **SETTINGS, progress=False).step == 3
+@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"corpus": "no-such-corpus"}, "no-such-corpus"),
+        ({"tokenizer": {"vocab_size": 3}}, "vocab_size"),
+        ({"model": SETTINGS["model"] | {"context_length": 100_000}}, "context_length"),
+    ],
+)
+def test_a_failed_preparation_leaves_nothing(
+    corpus: str, tmp_path: Path, arguments: dict[str, Any], message: str, there: bool
+) -> None:
+    folder = tmp_path / "run"
+    if there:
+        folder.mkdir()
+        (folder / "notes.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        train_run(folder, **({"corpus": corpus} | SETTINGS | arguments), progress=False)
+    assert folder.exists() == there
+    if there:
+        assert content(folder) == {"notes.txt": b"mine"}
+    assert train_run(folder, corpus=corpus, **SETTINGS, progress=False).step == 3
 
 
 def test_loading_what_is_not_there(tmp_path: Path) -> None:
