@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -37,6 +38,7 @@ from minillm.training.state import (
 )
 
 FORMAT = 1
+TENSOR_FILES = ("model.safetensors", "optimizer.safetensors")
 _NAME = re.compile(r"step_(\d{8,})")
 _WRITING, _REMOVED = ".writing-", ".removed-"
 
@@ -121,6 +123,7 @@ def save_checkpoint(
     Raises:
         ValueError: `step` or `keep` out of range, or values that JSON cannot hold.
         FileExistsError: there is an undamaged checkpoint of this step; a damaged one is replaced.
+        OSError: the disk is full, or cannot be written. The checkpoints that were there still are.
     """
     if step < 0:
         raise ValueError(f"step must be at least 0, got {step!r}")
@@ -150,18 +153,18 @@ def save_checkpoint(
         _remove(final)
     temporary = folder / f"{_WRITING}{final.name}"
     temporary.mkdir()
-    state["files"] = {}
-    for name, content in (("model.safetensors", tensors), ("optimizer.safetensors", moments)):
-        (temporary / name).touch()
-        mode = (temporary / name).stat().st_mode
-        save_file(content, temporary / name, metadata={"format": "pt"})
-        (temporary / name).chmod(mode)  # safetensors makes files that nobody else may read, whatever the umask says
-        fsync(temporary / name)
-        state["files"][name] = describe(temporary / name)
-    write_sealed(temporary / "state.json", state)
-    fsync(temporary / "state.json")
-    fsync(temporary)
-    temporary.rename(final)
+    try:
+        state["files"] = {}
+        for name, content in zip(TENSOR_FILES, (tensors, moments), strict=True):
+            _write_tensors(temporary / name, content)
+            state["files"][name] = describe(temporary / name)
+        write_sealed(temporary / "state.json", state)
+        fsync(temporary / "state.json")
+        fsync(temporary)
+        temporary.rename(final)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)  # a full disk needs the room
+        raise
     fsync(folder)
     if keep is not None:
         remove_old_checkpoints(folder, step, keep)
@@ -212,6 +215,26 @@ def checkpoint_steps(folder: str | Path) -> list[int]:
     return sorted(int(match[1]) for match in matches if match)
 
 
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file and force it to the disk; raises OSError."""
+    path.touch()
+    mode = path.stat().st_mode
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # what the system refuses comes as one too
+        raise OSError(f"{path} cannot be written: {error}") from error
+    path.chmod(mode)  # safetensors makes files that nobody else may read, whatever the umask says
+    fsync(path)
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file; raises DamagedError."""
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise DamagedError(f"{path} cannot be read: {error}") from error
+
+
 def _read(path: Path) -> Checkpoint:
     """Read and verify one checkpoint; raises DamagedError."""
     state = read_sealed(path / "state.json")
@@ -219,9 +242,9 @@ def _read(path: Path) -> Checkpoint:
         raise DamagedError(f"{path / 'state.json'} is of format {state['format']}; this version reads format {FORMAT}")
     if path.name != f"step_{state['step']:08d}":
         raise DamagedError(f"{path / 'state.json'} is of step {state['step']}, against its folder's name")
-    for name in ("model.safetensors", "optimizer.safetensors"):
+    for name in TENSOR_FILES:
         verify(path / name, state["files"][name])
-    model, optimizer = load_file(path / "model.safetensors"), load_file(path / "optimizer.safetensors")
+    model, optimizer = (_read_tensors(path / name) for name in TENSOR_FILES)
     return Checkpoint(path, state["step"], model, optimizer, state)
 
 

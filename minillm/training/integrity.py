@@ -20,12 +20,16 @@ def describe(path: Path) -> dict[str, Any]:
 
 def verify(path: Path, recorded: dict[str, Any]) -> None:
     """Compare a file with what `describe` said of it; raises DamagedError."""
-    if not path.is_file():
-        raise DamagedError(f"{path} is missing")
-    size = path.stat().st_size
-    if size != recorded["bytes"]:
-        raise DamagedError(f"{path} has {size} bytes where {recorded['bytes']} were written")
-    if _sha256(path) != recorded["sha256"]:
+    try:
+        size = path.stat().st_size
+        if size != recorded["bytes"]:
+            raise DamagedError(f"{path} has {size} bytes where {recorded['bytes']} were written")
+        sha256 = _sha256(path)
+    except FileNotFoundError:
+        raise DamagedError(f"{path} is missing") from None
+    except OSError as error:
+        raise DamagedError(f"{path} cannot be read: {error}") from None
+    if sha256 != recorded["sha256"]:
         raise DamagedError(f"{path} does not have the checksum it was written with")
 
 

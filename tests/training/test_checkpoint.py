@@ -1,15 +1,23 @@
 """Checkpoints: what goes in comes out, and a damaged one is never used."""
 
+import errno
+import hashlib
 import json
+import re
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+import minillm.training.checkpoint
 from minillm.optim import AdamW, parameter_groups
 from minillm.training import (
     CheckpointError,
@@ -234,6 +242,73 @@ def test_bad_arguments_and_other_models_are_refused(tmp_path: Path) -> None:
         checkpoint.restore(model, part)
     with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
         load_checkpoint(tmp_path / "nowhere")
+
+
+FULL = """
+import resource, signal, sys, torch
+from minillm.training import save_checkpoint
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+save_checkpoint(sys.argv[1], step=1, model=torch.nn.Linear(2, 2))
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+try:
+    save_checkpoint(sys.argv[1], step=2, model=torch.nn.Linear(200, 200))
+except OSError as error:
+    print(error)
+"""
+
+
+def test_a_full_disk_is_named_and_leaves_nothing_half_written(tmp_path: Path) -> None:
+    """A limit on the size of files stands for the full disk."""
+    command = [sys.executable, "-c", FULL, str(tmp_path)]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    assert re.search(r"step_00000002/model.safetensors cannot be written: .*File too large", said), said
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
+    assert load_checkpoint(tmp_path).step == 1
+
+
+@pytest.mark.parametrize("step", ["write_sealed", "fsync", "describe"])
+def test_whatever_ends_a_save_leaves_nothing_half_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    model, _ = trained()
+
+    def stop(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(minillm.training.checkpoint, step, stop)
+        with pytest.raises(KeyboardInterrupt):
+            save_checkpoint(tmp_path, step=1, model=model)
+    assert list(tmp_path.iterdir()) == []
+    save_checkpoint(tmp_path, step=1, model=model)
+
+
+def test_a_file_that_the_disk_does_not_give_back_is_a_damaged_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, optimizer = trained()
+    save_checkpoint(tmp_path, step=1, model=model, optimizer=optimizer)
+    newest = save_checkpoint(tmp_path, step=2, model=model, optimizer=optimizer) / "model.safetensors"
+    digest, load = hashlib.file_digest, load_file
+
+    def failing_digest(file: BinaryIO, name: str) -> Any:
+        if file.name == str(newest):
+            raise OSError(errno.EIO, "Input/output error")
+        return digest(file, name)
+
+    def failing_load(path: Path) -> dict[str, Tensor]:
+        if path == newest:
+            raise SafetensorError("invalid header")
+        return load(path)
+
+    for owner, name, failing in (
+        (hashlib, "file_digest", failing_digest),
+        (minillm.training.checkpoint, "load_file", failing_load),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, failing)
+            with pytest.warns(CheckpointWarning, match=r"step_00000002/model.safetensors cannot be read"):
+                assert load_checkpoint(tmp_path).step == 1
 
 
 def test_files_are_as_readable_as_the_folder_allows(tmp_path: Path) -> None:
