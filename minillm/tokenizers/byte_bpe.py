@@ -38,8 +38,8 @@ class ByteBPETokenizer:
         special_tokens: Text -> id of tokens that are never split and never merged.
 
     Raises:
-        ValueError: A byte, or a part or the result of a merge, has no id; an id is negative or used twice; a special
-            token is empty or spelled like another token; the pattern is unknown.
+        ValueError: A byte, or a part or the result of a merge, has no id; an id is out of range or used twice; a
+            special token is empty or spelled like another token; the pattern is unknown.
     """
 
     def __init__(
@@ -57,8 +57,10 @@ class ByteBPETokenizer:
         self._bytes: dict[int, bytes] = {}
         named = [*self._ids.items(), *((text.encode(), i) for text, i in self._special_tokens.items())]
         for token, i in named:
-            if i < 0 or self._bytes.setdefault(i, token) != token:
-                raise ValueError(f"token {token!r} has id {i}, which is negative or belongs to another token")
+            if not 0 <= i < MAX_VOCAB_SIZE:
+                raise ValueError(f"token {token!r} has id {i}, which is not in 0 .. {MAX_VOCAB_SIZE - 1}")
+            if self._bytes.setdefault(i, token) != token:
+                raise ValueError(f"token {token!r} has id {i}, which belongs to another token")
         missing = [byte for byte in range(256) if bytes([byte]) not in self._ids]
         if missing:
             raise ValueError(f"vocabulary must hold all 256 single bytes; missing: {', '.join(map(hex, missing))}")

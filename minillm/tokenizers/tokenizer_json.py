@@ -10,6 +10,7 @@ import json
 import os
 import secrets
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -94,7 +95,10 @@ def save(parts: Parts, path: Path) -> None:
 
 
 def load(path: Path) -> Parts:
-    """Read a tokenizer.json; ValueError names what in it is not byte-level BPE with a known split pattern."""
+    """Read a tokenizer.json; ValueError names what in it is not byte-level BPE with a known split pattern.
+
+    Which ids fit together is for `ByteBPETokenizer` to say.
+    """
     content = _read_object(path)
     try:
         model = content.get("model")
@@ -111,11 +115,11 @@ def load(path: Path) -> Parts:
         for name in ("post_processor", "decoder"):
             if content.get(name) is not None and _kind(content[name]) != "ByteLevel":
                 raise ValueError(f"{name} must be null or ByteLevel, got {_kind(content[name])}")
-        special_tokens = _special_tokens(content.get("added_tokens") or [])
+        special_tokens = _special_tokens(content.get("added_tokens"))
         pattern = _pattern_name(content.get("pre_tokenizer"))
         merges = [_merge(entry) for entry in model["merges"]]
         return Parts(_vocabulary(model["vocab"], special_tokens), merges, pattern, special_tokens)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not a tokenizer.json of byte-level BPE: {error}") from None
 
 
@@ -150,15 +154,31 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def _special_tokens(added_tokens: Any) -> dict[str, int]:
+    if not isinstance(added_tokens, list | None):
+        raise ValueError(f"added_tokens must be a list or null, got {added_tokens!r}")
     special_tokens: dict[str, int] = {}
-    for token in added_tokens:
+    normalized: dict[bool, list[str]] = {False: [], True: []}
+    for token in added_tokens or []:
         if not (isinstance(token, dict) and isinstance(token.get("content"), str) and _is_id(token.get("id"))):
             raise ValueError(f"an added token must have a string 'content' and an integer 'id', got {token!r}")
+        text = token["content"]
         for flag in ("single_word", "lstrip", "rstrip"):
             if token.get(flag):
-                raise ValueError(f"added token {token['content']!r} must have {flag} false")
-        special_tokens[token["content"]] = token["id"]
+                raise ValueError(f"added token {text!r} must have {flag} false")
+        if special_tokens.setdefault(text, token["id"]) != token["id"]:
+            raise ValueError(f"added token {text!r} must have one id, got {special_tokens[text]} and {token['id']}")
+        normalized[bool(token.get("normalized"))].append(text)
+    # `tokenizers` looks for the normalized ones in a second pass, here all are found in one: the same, if none overlap.
+    for first, second in product(normalized[False], normalized[True]):
+        if _overlap(first, second):
+            raise ValueError(f"added tokens {first!r} and {second!r} overlap: both must be normalized, or neither")
     return special_tokens
+
+
+def _overlap(one: str, other: str) -> bool:
+    """Whether a text may hold both tokens with characters in common."""
+    short, long = sorted((one, other), key=len)
+    return short in long or any(long.endswith(short[:n]) or long.startswith(short[-n:]) for n in range(1, len(short)))
 
 
 def _vocabulary(spelled: Mapping[str, Any], special_tokens: Mapping[str, int | None]) -> dict[bytes, int]:
@@ -198,7 +218,7 @@ def _kind(part: Any) -> str | None:
 
 def _pattern_name(pre_tokenizer: Any) -> str:
     steps = pre_tokenizer.get("pretokenizers") if _kind(pre_tokenizer) == "Sequence" else [pre_tokenizer]
-    kinds = [_kind(step) for step in steps or []]
+    kinds = [_kind(step) for step in steps] if isinstance(steps, list) else []
     if kinds not in (["ByteLevel"], ["Split", "ByteLevel"]):
         raise ValueError(f"pre_tokenizer must be ByteLevel, or Split and then ByteLevel, got {kinds}")
     if steps[-1].get("add_prefix_space", True):
@@ -208,8 +228,8 @@ def _pattern_name(pre_tokenizer: Any) -> str:
     if len(steps) == 1:
         return "gpt2"
     published = {pattern.published: name for name, pattern in SPLIT_PATTERNS.items()}
-    expression = (steps[0].get("pattern") or {}).get("Regex")
-    if expression not in published:
+    expression = steps[0]["pattern"].get("Regex") if isinstance(steps[0].get("pattern"), dict) else None
+    if not isinstance(expression, str) or expression not in published:
         raise ValueError(f"pre_tokenizer Split must have one of the patterns {list(published)}, got {expression!r}")
     # The patterns match every character, so what lies between matches can be kept or removed.
     if (steps[0].get("behavior"), steps[0].get("invert", False)) not in (("Isolated", False), ("Removed", True)):

@@ -251,8 +251,10 @@ def test_bad_arguments_of_train_are_refused() -> None:
 def test_a_vocabulary_that_does_not_fit_together_is_refused() -> None:
     vocabulary = {bytes([byte]): byte for byte in range(256)}
     for changed, merges, special, message in (
-        ({b"a": 98}, [], {}, r"token b'b' has id 98, which is negative or belongs to another token"),
-        ({b"ab": -1}, [], {}, "is negative"),
+        ({b"a": 98}, [], {}, r"token b'b' has id 98, which belongs to another token"),
+        ({b"ab": -1}, [], {}, r"token b'ab' has id -1, which is not in 0 .. 1114111"),
+        ({b"ab": 10**12}, [], {}, "has id 1000000000000, which is not in 0"),
+        ({}, [], {"<s>": 0x110000}, "has id 1114112, which is not in 0"),
         ({}, [(b"a", b"b")], {}, r"merge \(b'a', b'b'\): b'ab' is not in the vocabulary"),
         ({}, [], {"<s>": 7}, "'<s>' has id 7"),
         ({}, [], {"Ā": 256}, r"special token 'Ā' is how a tokenizer.json spells the token b'\\x00'"),

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -128,7 +128,7 @@ def model(**values: object) -> Change:
         (model(merges=[["z", "q"]]), r"merge \(b'z', b'q'\): b'zq' is not in the vocabulary"),
         (lambda c: c["model"]["vocab"].update({"▁the": 999}), "token '▁the' has a character"),
         (lambda c: c["model"]["vocab"].update({"zq": "999"}), "the id of token 'zq' must be an integer, got '999'"),
-        (lambda c: c["model"]["vocab"].update({"zq": 5}), "has id 5, which is negative or belongs to another token"),
+        (lambda c: c["model"]["vocab"].update({"zq": 5}), "has id 5, which belongs to another token"),
         (lambda c: c["model"]["vocab"].update({"<|endoftext|>": 999}), "'<|endoftext|>' has id 0, but 999 in the voc"),
         (lambda c: c["model"]["vocab"].pop("Ġ"), "all 256 single bytes; missing: 0x20"),
         (lambda c: c.update(normalizer={"type": "NFC"}), "normalizer must be null, got {'type': 'NFC'}"),
@@ -140,11 +140,18 @@ def model(**values: object) -> Change:
         (lambda c: c["pre_tokenizer"].update(pretokenizers=None), r"pre_tokenizer must be .*, got \[\]"),
         (step(0, pattern={"Regex": r"\w+"}), r"one of the patterns .*, got '\\\\w\+'"),
         (step(0, pattern={"String": " "}), "one of the patterns .*, got None"),
+        (step(0, pattern="abc"), "one of the patterns .*, got None"),
+        (step(0, pattern={"Regex": ["abc"]}), r"one of the patterns .*, got \['abc'\]"),
         (step(0, behavior="MergedWithNext"), "must be Isolated and not inverted"),
         (step(1, use_regex=True), "use_regex true if it is alone, and false after Split"),
         (step(1, add_prefix_space=True), "add_prefix_space false"),
         (lambda c: c["added_tokens"][0].update(lstrip=True), "added token '<|endoftext|>' must have lstrip false"),
         (lambda c: c["added_tokens"][0].pop("id"), "an added token must have a string 'content' and an integer 'id'"),
+        (lambda c: c["added_tokens"].append(c["added_tokens"][0] | {"id": 7}), "must have one id, got 0 and 7"),
+        (lambda c: c["model"]["vocab"].update({"zq": 10**12}), "has id 1000000000000, which is not in 0 .. 1114111"),
+        (lambda c: c.update(added_tokens=True), "added_tokens must be a list or null, got True"),
+        (lambda c: c.update(added_tokens={}), "added_tokens must be a list or null, got {}"),
+        (lambda c: c["pre_tokenizer"].update(pretokenizers=3), r"pre_tokenizer must be .*, got \[\]"),
         (lambda c: c.update(added_tokens=["<s>"]), "an added token must have .*, got '<s>'"),
     ],
 )
@@ -155,6 +162,68 @@ def test_a_file_that_is_not_byte_level_bpe_is_refused_with_the_reason(file: Path
     with pytest.raises(ValueError, match=message.replace("|", r"\|")) as caught:
         ByteBPETokenizer.load(file)
     assert str(file) in str(caught.value)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 300) | st.just(10**12) | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["type", "id", "Regex"]), inner),
+    max_leaves=4,
+)
+
+
+def read_or_refused(path: Path, content: object) -> ByteBPETokenizer | str:
+    """The tokenizer, or the words of the ValueError; any other error is the test's."""
+    path.write_text(json.dumps(content), encoding="utf-8")
+    try:
+        return ByteBPETokenizer.load(path)
+    except ValueError as error:
+        return str(error)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A place for a file, and the text of a valid one."""
+    path = tmp_path_factory.mktemp("saved") / "tokenizer.json"
+    ByteBPETokenizer.train([TEXT], 270, pattern="gpt4", special_tokens=["<|endoftext|>", "<|end|>"]).save(path)
+    return path, path.read_text(encoding="utf-8")
+
+
+@settings(max_examples=200)
+@given(data=st.data())
+def test_a_file_with_anything_anywhere_is_read_or_refused(saved: tuple[Path, str], data: st.DataObject) -> None:
+    path, text = saved
+    place = content = json.loads(text)
+    key = data.draw(st.sampled_from(list(content)))
+    while isinstance(place[key], dict | list) and place[key] and data.draw(st.integers(0, 4)):
+        place = place[key]
+        key = data.draw(st.sampled_from(list(place) if isinstance(place, dict) else range(len(place))))
+    place[key] = data.draw(json_values)
+    loaded = read_or_refused(path, content)
+    if isinstance(loaded, str):
+        assert loaded.startswith(str(path))
+    else:
+        assert loaded.decode(loaded.encode(TEXT)) == TEXT
+
+
+@given(
+    added=st.dictionaries(st.text("abc", min_size=1, max_size=4), st.booleans(), min_size=1, max_size=3),
+    text=st.text("abc ", max_size=12),
+)
+@example(added={"cab": True, "bac": False}, text="cabac")
+@example(added={"ab": True, "cc": False}, text="ccabcc")
+def test_added_tokens_normalized_or_not_are_found_as_in_tokenizers(
+    saved: tuple[Path, str], added: dict[str, bool], text: str
+) -> None:
+    peer = Tokenizer.from_str(saved[1])
+    peer.add_tokens([AddedToken(token, normalized=flag) for token, flag in added.items()])
+    ours = read_or_refused(saved[0], json.loads(peer.to_str()))
+    if isinstance(ours, str):
+        assert "overlap: both must be normalized, or neither" in ours
+        assert len(set(added.values())) == 2
+        letters = [set("".join(token for token in added if added[token] is flag)) for flag in (False, True)]
+        assert letters[0] & letters[1]
+    else:
+        assert ours.encode(text) == peer.encode(text).ids
 
 
 @pytest.mark.parametrize(
