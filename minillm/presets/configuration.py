@@ -80,7 +80,7 @@ def allowed_keys() -> dict[str, dict[str, Any]]:
     """Section -> key -> type, for all four sections."""
     from minillm.models import TransformerConfig
     from minillm.training import TrainingConfig
-    from minillm.training.run import DATA_DEFAULTS, TOKENIZER_DEFAULTS
+    from minillm.training.run_settings import DATA_DEFAULTS, TOKENIZER_DEFAULTS
 
     sections: dict[str, dict[str, Any]] = {
         "model": _fields(TransformerConfig),
