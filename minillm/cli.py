@@ -203,7 +203,7 @@ def exercises_build(name: str | None, execute: bool, force: bool) -> None:
 @exercises.command("check")
 @click.argument("exercise")
 @click.option("--seed", type=int, help="Of the random inputs.  [default: another each time]")
-@click.option("--timeout", type=float, default=60, show_default=True, help="Seconds a cell.")
+@click.option("--timeout", type=float, default=30, show_default=True, help="Seconds a cell.")
 def exercises_check(exercise: str, seed: int | None, timeout: float) -> None:
     """Say how far your notebook of EXERCISE ("02", a name or a path) has come, part by part.
 

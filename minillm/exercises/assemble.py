@@ -11,7 +11,7 @@ import copy
 from nbformat import NotebookNode
 
 from minillm.course.notebooks import node
-from minillm.exercises.format import HIDDEN, SEED_LINE, Exercise, Part, parse, replace_regions, role, stub
+from minillm.exercises.format import HIDDEN, SEED_LINE, Exercise, Part, definitions, parse, replace_regions, role, stub
 from minillm.exercises.rules import Surroundings, surroundings, violation
 from minillm.exercises.submission import Submission, first_line
 
@@ -26,8 +26,9 @@ def assemble(exercise: Exercise, submission: Submission, *, seed: int = 0, hidde
     """Pristine cells plus ``submission``'s answers and added cells.
 
     Each code cell of the result carries ``metadata.judge``: its ``role`` (setup, answer, check or extra) and, for
-    answers and checks, the ``part``. An answer also carries its ``status`` ("written", "not started", or a sentence
-    that says why it cannot be run) and the ``solution`` that stands in for it while later parts are judged.
+    answers and checks, the ``part``. An answer also carries its ``status`` ("written", "not started", perhaps with a
+    remark after a colon, or a sentence that says why it cannot be run) and the ``solution`` that stands in for it while
+    later parts are judged.
     ``metadata.minillm.notes`` holds what was restored or left out.
 
     Args:
@@ -75,9 +76,22 @@ def _put_answer(cell: NotebookNode, part: Part, submission: Submission, around: 
     unsolved = stub(cell.source, part)
     answer = submission.answers.get(part.number, unsolved)
     status = answer_status(answer, unsolved, part, around)
+    if status == "not started":
+        status += _why_not_started(part, submission)
     cell.metadata["judge"].update(status=status, solution=cell.source, defines=sorted(part.defines))
     cell.source = answer
     cell.outputs, cell.execution_count = [], None
+
+
+def _why_not_started(part: Part, submission: Submission) -> str:
+    """What to add to "not started" where it may surprise, since something was done."""
+    if part.number not in submission.answers:
+        return ": the answer cell is missing from your notebook"
+    written = frozenset().union(*(definitions(extra.source) for extra in submission.extras))
+    elsewhere = ", ".join(sorted(part.defines & written))
+    if not elsewhere:
+        return ""
+    return f": the answer cell is as you found it, but another cell defines {elsewhere}, move it into the answer cell"
 
 
 def answer_status(answer: str, unsolved: str, part: Part, around: Surroundings) -> str:

@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Literal
 
 from nbformat import NotebookNode
+from tqdm import tqdm
 
 from minillm.exercises.assemble import assemble
 from minillm.exercises.folder import find_folder, find_source, load
 from minillm.exercises.format import Exercise, Part
 from minillm.exercises.run import Run, judge_notebook, require_positive
 from minillm.exercises.submission import read_submission
+from minillm.exercises.wording import is_slip
 
 Status = Literal["passed", "not started", "failed", "not judged"]
 
@@ -23,8 +25,8 @@ class PartReport:
     number: str
     title: str
     status: Status
-    message: str  # what the mistake looks like; empty when passed
-    hint: str  # the first hint, and how to see the next; empty when passed
+    message: str  # what the mistake looks like; empty when passed, and mostly when not started
+    hint: str  # the first hint, and how to see the next; empty when passed or when no idea is missing
     points: float
     max_points: float
 
@@ -45,15 +47,16 @@ class Report:
         return all(part.status == "passed" for part in self.parts)
 
     def render(self) -> str:
-        """The text for a terminal: a line a part, hints under the parts that failed, notes at the end."""
+        """The text for a terminal: a line a part, hints under those that failed or come next, notes at the end."""
         width = max(len(f"{part.number}  {part.title}") for part in self.parts)
         lines = [f"{self.exercise}: {self.title}"]
+        first_open = next((part for part in self.parts if part.status != "passed"), None)
         for part in self.parts:
             heading = f"{part.number}  {part.title}".ljust(width)
-            said = f": {part.message}" if part.message and part.status != "not started" else ""
+            said = f": {part.message}" if part.message else ""
             word = "not yet" if part.status == "failed" else part.status
             lines.append(f"  {heading}  {word}{said}")
-            if part.hint:
+            if part.hint and (part.status == "failed" or part is first_open):
                 lines.append(f"  {' ' * width}  {part.hint}")
         lines += [f"  note: {note}" for note in self.notes if not self.passed]
         done = sum(part.status == "passed" for part in self.parts)
@@ -61,7 +64,7 @@ class Report:
         return "\n".join(lines)
 
 
-def check(exercise: str, *, seed: int | None = None, timeout: float = 60, folder: Path | str | None = None) -> Report:
+def check(exercise: str, *, seed: int | None = None, timeout: float = 30, folder: Path | str | None = None) -> Report:
     """Judge a student's notebook by the original checks, with fresh random inputs.
 
     Args:
@@ -80,7 +83,10 @@ def check(exercise: str, *, seed: int | None = None, timeout: float = 60, folder
     seed = random.SystemRandom().randrange(1, 100_000) if seed is None else seed
     notebook = assemble(task, read_submission(path, task), seed=seed)
     code_cells = sum(cell.cell_type == "code" for cell in notebook.cells)
-    run = judge_notebook(notebook, cell_timeout=timeout, timeout=timeout * (code_cells + 1))
+    with tqdm(bar_format="checking {desc} ... {elapsed}", leave=False, disable=None) as line:
+        run = judge_notebook(
+            notebook, cell_timeout=timeout, timeout=timeout * (code_cells + 1), progress=line.set_description_str
+        )
     return report_of(task, notebook, run, path=path, seed=seed)
 
 
@@ -99,11 +105,13 @@ def _part_report(part: Part, run: Run) -> PartReport:
     message = next((cell["message"] for cell in judged if cell["outcome"] == "failed"), "")
     status: Status = "failed"
     if message.startswith("not started"):
-        status = "not started"
+        status, message = "not started", message.removeprefix("not started").removeprefix(": ")
     elif not message:
         complete = len(judged) == 1 + len(part.checks) and all(cell["outcome"] == "passed" for cell in judged)
         status, message = ("passed", "") if complete else ("not judged", run.trouble)
     hint = "" if status == "passed" else f"hint: minillm exercises hint {part.number}"
-    if status == "failed":
+    if status == "failed" and is_slip(message):
+        hint = ""  # the first hint is about the idea, which may well be right
+    elif status == "failed":
         hint = f"hint: {part.hints[0]} (more: minillm exercises hint {part.number} --level 2)"
     return PartReport(part.number, part.title, status, message, hint, points, sum(part.points.values()))

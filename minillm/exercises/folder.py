@@ -43,9 +43,8 @@ def find_source(exercise: str, folder: Path) -> Path:
     found = exact or same_chapter
     if len(found) != 1:
         names = ", ".join(path.stem for path in (found or known)) or "none"
-        raise ValueError(
-            f"{'which' if found else 'no'} exercise {exercise!r}: there {'match' if found else 'are'} {names}"
-        )
+        said = f"{exercise!r} can be any of" if found else f"no exercise {exercise!r}; the exercises are"
+        raise ValueError(f"{said}: {names}")
     return found[0]
 
 

@@ -127,7 +127,7 @@ class JudgedCell(IPyNbCell):  # type: ignore[misc]  # nbval is not typed
             pytest.skip(f"{self.part} has failed before")
         status = self.cell.metadata["judge"].get("status", "written")
         if status != "written":
-            self.fail(f"not started: {self.task()}" if status == "not started" else status, abandon=True)
+            self.fail(status, abandon=True)
         file.timed_out = False
         self.test_outputs: list[NotebookNode] = []
         try:
@@ -150,10 +150,6 @@ class JudgedCell(IPyNbCell):  # type: ignore[misc]  # nbval is not typed
             if abandon:
                 file.abandoned.add(self.part)
         raise NotYetError(wording.shorten(message)) from None
-
-    def task(self) -> str:
-        answer = self.parent.answer_to(self.part)
-        return str(answer.metadata["minillm"]["task"]) if answer is not None else ""
 
     def explain(self, error: Exception) -> str:
         """What happened, in one sentence for the student."""

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ def judge_notebook(
     timeout: float,
     memory_mb: int | None = None,
     stop: threading.Event | None = None,
+    progress: Callable[[str], object] | None = None,
 ) -> Run:
     """Judge ``notebook`` (from :func:`minillm.exercises.assemble.assemble`) in a temporary folder.
 
@@ -55,12 +56,20 @@ def judge_notebook(
         timeout: seconds the whole may take beside start-up; after that the process and its kernels are killed.
         memory_mb: memory for each process, where the system can bound it (Linux).
         stop: set from another thread, it ends the judging at once.
+        progress: called again and again with the number of the part that is being judged.
     """
     with tempfile.TemporaryDirectory(prefix="minillm-exercise-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         write_notebook(notebook, folder / "exercise.ipynb")
         (folder / "pytest.ini").write_text("[pytest]\n")
         report = folder / "report.jsonl"
+        roles = [cell.metadata["judge"] for cell in notebook.cells if cell.cell_type == "code"]
+
+        def look() -> None:
+            coming = roles[sum("cell" in line for line in _lines(report)) :]
+            if progress is not None and coming:
+                progress(next((role["part"] for role in coming if "part" in role), ""))
+
         command = [sys.executable, "-m", "pytest", "exercise.ipynb", "--nbval", "-q", "--color=no", "--tb=line"]
         command += ["-c", "pytest.ini", "--rootdir", ".", "-p", "no:cacheprovider", "-p", "nbval.plugin"]
         command += ["-p", "minillm.exercises.report_plugin", f"--exercise-report={report}"]
@@ -81,7 +90,7 @@ def judge_notebook(
                 start_new_session=True,
             )
             try:
-                trouble = _wait(process, timeout + _START_UP, stop)
+                trouble = _wait(process, timeout + _START_UP, stop, look)
             finally:
                 _kill_group(process.pid)
                 process.wait()
@@ -97,14 +106,17 @@ def judge_notebook(
         return run
 
 
-def _wait(process: subprocess.Popen[bytes], seconds: float, stop: threading.Event | None) -> str:
-    """Wait for the end, and say why it did not come, if it did not."""
+def _wait(
+    process: subprocess.Popen[bytes], seconds: float, stop: threading.Event | None, look: Callable[[], None]
+) -> str:
+    """Wait for the end, with a ``look`` now and then, and say why it did not come, if it did not."""
     deadline = time.monotonic() + seconds
     while True:
         try:
             process.wait(timeout=0.2)
             return ""
         except subprocess.TimeoutExpired:
+            look()
             if stop is not None and stop.is_set():
                 return "interrupted"
             if time.monotonic() > deadline:

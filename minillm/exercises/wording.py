@@ -8,6 +8,10 @@ from minillm.exercises.submission import first_line
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _ARROW = re.compile(r"^-+> ?\d+ (.*)$", re.MULTILINE)
+_SLIP = re.compile(
+    r"(Name|UnboundLocal|Syntax|Indentation|Tab)Error:|still running after|printed more than"
+    r"|your answer does not define|(line \d+ of )?your answer is (not Python|a notebook command)"
+)
 LONGEST = 400
 """Characters of any sentence that is shown: a whole tensor in a message must not bury it."""
 
@@ -43,6 +47,12 @@ def of_exception(name: str, text: str, *, defines: Collection[str] = (), place: 
     if name == "SystemExit":
         return f"ends the notebook (exit or sys.exit){place}: return instead"
     return f"{name}: {text.splitlines()[0] if text else 'without a message'}{place}"
+
+
+def is_slip(message: str) -> bool:
+    """Whether a sentence made here or by :mod:`~minillm.exercises.assemble` is about how the code is written, and does
+    not say that its idea is wrong: a syntax error, a name that is nowhere, a loop that never ends."""
+    return _SLIP.match(message) is not None
 
 
 def place_in(answer: str, traceback: str) -> str:

@@ -1,6 +1,8 @@
 """``check`` with what students really hand in. A kernel costs seconds, so each notebook here holds many mistakes."""
 
+import io
 import os
+import sys
 
 import pytest
 
@@ -20,7 +22,12 @@ def message(report, number):
     return next(part.message for part in report.parts if part.number == number)
 
 
-def test_answers_that_hang_die_flood_and_exit_cost_only_their_own_part(student):
+class _Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_answers_that_hang_die_flood_and_exit_cost_only_their_own_part(student, monkeypatch):
     path = student.answer(
         p1="def total(numbers):\n    while True:\n        pass",
         p2="def mean(numbers):\n    import os, signal\n    os.killpg(0, signal.SIGKILL)",
@@ -29,7 +36,10 @@ def test_answers_that_hang_die_flood_and_exit_cost_only_their_own_part(student):
         p5=student.right["p5"],
     )
     before = path.read_bytes()
+    terminal = _Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
     report = check(str(path), folder=student.folder, timeout=4)
+    assert "checking 90.1 ... 00:0" in terminal.getvalue()
     assert status(report) == {"90.1": "failed", "90.2": "failed", "90.3": "failed", "90.4": "failed", "90.5": "passed"}
     assert "still running after 4 s" in message(report, "90.1")
     assert "does a loop never end?" in message(report, "90.1")
@@ -51,7 +61,7 @@ def test_the_report_gives_each_part_a_line_and_what_failed_a_hint(student):
         "check-90-2-one": ("failed", "the mean of one number is that number"),
         "answer-90-3": ("passed", ""),
         "check-90-3": ("passed", ""),
-        "answer-90-4": ("failed", "not started: return the smallest number"),
+        "answer-90-4": ("failed", "not started: the answer cell is missing from your notebook"),
         "check-90-4": ("skipped", "90.4 has failed before"),
         "answer-90-5": ("passed", ""),
     }
@@ -78,14 +88,46 @@ def test_the_report_gives_each_part_a_line_and_what_failed_a_hint(student):
         "  90.2  The mean      not yet: the mean of one number is that number",
         f"                      {hint} 90.2 --level 2)",
         "  90.3  The largest   passed",
-        "  90.4  The smallest  not started",
-        "                      hint: minillm exercises hint 90.4",
+        "  90.4  The smallest  not started: the answer cell is missing from your notebook",
         "  90.5  The middle    not judged: stopped after 9 s",
-        "                      hint: minillm exercises hint 90.5",
         "  note: your own cell 'x': NameError",
         "  note: stopped after 9 s",
         "1 of 5 parts passed (seed 7).",
     ]
+
+
+def _report(student, messages):
+    """Of a run in which the answer cells end with these messages ("" where they pass, and then the checks do)."""
+    exercise = find_exercise("90", student.folder)
+    notebook = assemble(exercise, read_submission(student.path, exercise))
+    cells = []
+    for part in exercise.parts:
+        outcome = "failed" if messages[part.number] else "passed"
+        cells.append({"cell": part.answer, "role": "answer", "message": messages[part.number]})
+        cells += [{"cell": name, "role": "check", "message": ""} for name in part.checks]
+        for cell in cells[-1 - len(part.checks) :]:
+            cell.update(part=part.number, outcome=outcome)
+    return report_of(exercise, notebook, Run(cells), path=student.path, seed=7)
+
+
+def test_of_parts_not_started_the_first_open_one_shows_how_to_get_a_hint(student):
+    report = _report(student, {"90.1": "", **{f"90.{n}": "not started" for n in (2, 3, 4, 5)}})
+    assert [line.strip() for line in report.render().splitlines() if "hint" in line] == [
+        "hint: minillm exercises hint 90.2"
+    ]
+
+
+def test_a_slip_of_the_pen_is_no_reason_to_hint_at_the_idea(student):
+    slips = (
+        "line 1 of your answer is not Python ('(' was never closed): f(",
+        "NameError: name 'x' is not defined (line 2 of your answer: x)",
+        "your answer does not define largest: was it renamed?",
+        "still running after 30 s (line 2 of your answer: while True:): does a loop never end?",
+        "IndexError: list index out of range",
+    )
+    report = _report(student, {f"90.{n}": message for n, message in enumerate(slips, start=1)})
+    assert [bool(part.hint) for part in report.parts] == [False, False, False, False, True]
+    assert report.render().count("hint:") == 1
 
 
 def test_an_honest_notebook_passes_however_untidy(student):

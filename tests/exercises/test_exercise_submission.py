@@ -165,3 +165,26 @@ def test_a_cell_that_python_cannot_read_is_left_out(student, source):
     assert "it is not plain Python" in submission.notes[0]
     exercise = find_exercise("90", student.folder)
     notebook_bytes(assemble(exercise, submission))
+
+
+def test_an_answer_written_elsewhere_or_deleted_is_told_apart_from_none(student):
+    def change(cells):
+        cells.append(code("def largest(numbers):\n    return 4"))
+        cells.pop(index_of(cells, "answer-90-2"))
+
+    exercise = find_exercise("90", student.folder)
+    notebook = assemble(exercise, read(student, change))
+    statuses = [cell.metadata["judge"]["status"] for cell in notebook.cells if role(cell) == "answer"]
+    elsewhere = "but another cell defines largest, move it into the answer cell"
+    assert statuses == [
+        "not started",
+        "not started: the answer cell is missing from your notebook",
+        f"not started: the answer cell is as you found it, {elsewhere}",
+        "not started",
+        "not started",
+    ]
+
+
+def test_an_exercise_that_is_not_there_is_said_to_be_none(student):
+    with pytest.raises(ValueError, match="no exercise '91'; the exercises are: 90_numbers"):
+        find_exercise("91", student.folder)
