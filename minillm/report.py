@@ -44,7 +44,7 @@ def save_figures(folder: Path, result: TrainingResult, model: Transformer, token
     if result.entropy_floor is not None:
         references["exact entropy"] = result.entropy_floor
     curve = loss_curve(result.history, references=references, title=f"Training in {folder.name}")
-    ids = tokenizer.encode("The")
+    ids = tokenizer.encode("The")[: model.config.context_length]
     ids += generate(model, ids, max_new_tokens=min(20, model.config.context_length - len(ids)), temperature=0.7, seed=0)
     device = model.token_embedding.weight.device
     weights = model.attention_weights(torch.tensor([ids], device=device))[-1][0]

@@ -108,13 +108,18 @@ def load_run(folder: str | Path, device: str = "auto") -> tuple[Transformer, Byt
     Raises:
         FileNotFoundError: there is no run in the folder, or it has no checkpoint yet.
         CheckpointError: every checkpoint is damaged.
+        ValueError: the device is not there, or the settings in the folder are damaged.
     """
     folder = Path(folder)
     place = resolve_device(device)
     settings = read_settings(folder)
     checkpoint = load_checkpoint(folder / "checkpoints")
     bpe = ByteBPETokenizer.load(folder / "tokenizer.json")
-    model = Transformer(_model_config(settings, bpe))
+    try:
+        config = _model_config(settings, bpe)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{folder / FILE_NAME} does not describe a model: {error}") from None
+    model = Transformer(config)
     checkpoint.restore(model)
     return model.to(place).eval(), bpe
 

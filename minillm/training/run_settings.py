@@ -13,6 +13,7 @@ from minillm.training.integrity import fsync
 
 FILE_NAME = "run.json"
 TOKENIZER_DEFAULTS: dict[str, Any] = {"vocab_size": 1024, "pattern": "gpt2"}
+_SECTIONS = ("tokenizer", "data", "model", "training")
 DATA_DEFAULTS: dict[str, Any] = {"batch_size": 16, "validation_fraction": 0.1, "seed": 0}
 
 
@@ -74,11 +75,23 @@ def _fixed_settings(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
+    """The settings of the run in the folder.
+
+    Raises FileNotFoundError where there is none, and ValueError for a file that does not hold what `write_settings`
+    writes.
+    """
     file = folder / FILE_NAME
     if not file.exists():
         raise FileNotFoundError(f"{folder} holds no training run: there is no {FILE_NAME} in it")
-    settings = json.loads(file.read_text(encoding="utf-8"))
-    assert isinstance(settings, dict)
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # not UTF-8, or not JSON
+        raise ValueError(f"{file} is damaged: {error}") from None
+    if not isinstance(settings, dict) or not isinstance(settings.get("corpus"), str):
+        raise ValueError(f"{file} does not hold the settings of a training run")
+    for section in _SECTIONS:
+        if not isinstance(settings.get(section), dict):
+            raise ValueError(f"{file} does not hold the settings of a training run: it has no section {section!r}")
     return settings
 
 

@@ -100,6 +100,13 @@ def test_train_reports_its_losses_and_writes_a_sample(cli: Cli, corpus: Path, sm
         assert Path("runs/new", name).read_bytes().startswith(b"\x89PNG")
 
 
+def test_figures_of_the_shortest_context(cli: Cli, corpus: Path, small: Small) -> None:
+    context = ("--set", "model.context_length=1")
+    result = cli("train", "--corpus", corpus, "--steps", "1", "--out", "run", "--figures", *small, *context)
+    assert result.exit_code == 0, result.output
+    assert Path("run/attention.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_train_goes_on_with_a_run(cli: Cli, corpus: Path, small: Small) -> None:
     options = ("train", "--corpus", corpus, "--out", "run", *small)
     assert cli(*options, "--steps", "2").exit_code == 0

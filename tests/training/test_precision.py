@@ -15,8 +15,9 @@ def test_devices() -> None:
     assert resolve_device("auto").type == (
         "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     )
-    with pytest.raises(ValueError, match="'gpu'"):
-        resolve_device("gpu")
+    for name in ("gpu", "xpu", "meta", "cpu:3", "cuda:", "cuda:-1", "cuda:99999999999999999999", "CPU", ""):
+        with pytest.raises(ValueError, match=f"device must be .*'{name}'"):
+            resolve_device(name)
     with pytest.raises(ValueError, match="'cuda:77' is not there"):
         resolve_device("cuda:77")
 

@@ -1,5 +1,6 @@
 """A run in a folder: made, gone on with, read back, and refused when the settings do not fit."""
 
+import json
 import math
 import random
 import signal
@@ -233,3 +234,37 @@ def test_the_folder_is_held_while_it_is_prepared(corpus: str, tmp_path: Path, mo
     assert train_run(tmp_path, corpus=corpus, **SETTINGS, progress=False).step == 3
     assert len(refusals) == 1
     assert load_run(tmp_path, "cpu")[1].vocab_size == 270
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", r"is damaged: "),
+        ("garbage", r"is damaged: "),
+        ("\xff", r"is damaged: "),
+        ("[]", "does not hold the settings"),
+        ("null", "does not hold the settings"),
+        ("{}", "does not hold the settings"),
+        ('{"corpus": "x"}', "does not hold .* no section 'tokenizer'"),
+        (
+            '{"corpus": "x", "tokenizer": {}, "data": {}, "model": null, "training": {}}',
+            "does not hold .* no section 'model'",
+        ),
+    ],
+)
+def test_a_broken_settings_file_is_named(corpus: str, tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "run.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=rf"run\.json {message}"):
+        load_run(tmp_path)
+    with pytest.raises(ValueError, match=rf"run\.json {message}"):
+        train_run(tmp_path, corpus=corpus, **SETTINGS, progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_settings_that_make_no_model_are_named(corpus: str, tmp_path: Path) -> None:
+    train_run(tmp_path, corpus=corpus, **SETTINGS, progress=False)
+    settings = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))
+    for model in ({"layers": 3}, {"d_model": "wide"}):
+        (tmp_path / "run.json").write_text(json.dumps(settings | {"model": model}), encoding="utf-8")
+        with pytest.raises(ValueError, match=r"run\.json does not describe a model"):
+            load_run(tmp_path)
