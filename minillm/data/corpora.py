@@ -217,11 +217,11 @@ def _first_document(path: Path, encoding: str | None, separator: str | None) -> 
 
 def _folder(path: Path, pattern: str, encoding: str | None, separator: str | None) -> Corpus:
     files = [file for file in list_files(path, pattern) if file.stat().st_size]
-    if not files:
-        raise ValueError(f"every file in {path} that matches {pattern!r} is empty")
 
     def documents() -> Iterator[str]:
         for file in files:
             yield from read_documents(file, encoding=encoding, separator=separator)
 
+    if next(documents(), None) is None:
+        raise ValueError(f"every file in {path} that matches {pattern!r} is empty")
     return Corpus(path.name, f"{len(files)} text files in {path}", documents)

@@ -27,11 +27,17 @@ BYTE_ORDER_MARKS = (
 def list_files(folder: Path, pattern: str = "*") -> list[Path]:
     """Every file under `folder` whose name matches `pattern`, sorted by path, without hidden files and folders.
 
-    Links to folders are not followed. Raises ValueError when nothing matches.
+    Links to folders are not followed. Raises ValueError when nothing matches, or when `pattern` is no relative one.
     """
+    try:
+        matching = list(folder.rglob(pattern))
+    except (NotImplementedError, ValueError) as error:
+        raise ValueError(
+            f"pattern must match names below the folder, such as '*.txt'; got {pattern!r}: {error}"
+        ) from None
     files = [
         path
-        for path in folder.rglob(pattern)
+        for path in matching
         if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     ]
     if not files:
@@ -47,7 +53,7 @@ def read_documents(
     Without a `separator` the file is one document; with one, the documents are what stands between, stripped of the
     white space at their ends, empty ones left out. A document above `piece_characters` (by default: none in files up to
     4 MiB, 262144 in larger ones) comes in pieces, cut after a line end, or after a space, or anywhere, where a line is
-    that long. Line ends become "\\n", as in Python's text mode.
+    that long. Line ends become "\\n", as in Python's text mode, in the file and in the separator.
 
     encoding: a Python codec's name. By default a byte order mark decides (UTF-8, UTF-16, UTF-32), else it is UTF-8.
 
@@ -61,6 +67,8 @@ def read_documents(
         raise ValueError(f"piece_characters must be at least 1, got {piece_characters}")
     if separator == "":
         raise ValueError("separator must be a string of at least one character or None, got ''")
+    if separator is not None:
+        separator = separator.replace("\r\n", "\n").replace("\r", "\n")
     pending = ""
     for chunk in _decode(path, encoding):
         pending += chunk

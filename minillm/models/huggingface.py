@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -80,9 +80,12 @@ def load(folder: str | os.PathLike[str], *, dtype: torch.dtype | None = None, de
     folder = Path(folder)
     fields = _read_json(folder / "config.json")
     layout = _layout_named(fields.get("model_type"))
-    config = layout.read_config(fields)
+    try:
+        config = layout.read_config(fields)
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{folder / 'config.json'} is no config of {layout.architecture}: {error!r}") from None
     owner = _weight_files(folder)
-    files: dict[str, Any] = {file: safe_open(folder / file, framework="pt") for file in set(owner.values())}
+    files = {file: _open(folder / file) for file in set(owner.values())}
     for name, file in owner.items():
         if name not in files[file].keys():  # noqa: SIM118 (not a dict)
             raise ValueError(f"{folder / file} does not hold {name}, though the index says so")
@@ -150,6 +153,8 @@ def _build(
     device: torch.device | str | None,
 ) -> Transformer:
     """Make the model and fill it from the foreign tensors ``names``, which ``get`` fetches one at a time."""
+    if config.n_layers > len(names):  # said before anything of that size is made
+        raise ValueError(f"the config has {config.n_layers} layers, but the weights are only {len(names)} tensors")
     foreign = {name.removeprefix(layout.prefix): name for name in names}
     sources = layout.sources(config)
     expected = {name for source in sources.values() for name in source.names}
@@ -196,8 +201,7 @@ def _weight_files(folder: Path) -> dict[str, str]:
     """For each tensor's name the file in ``folder`` that holds it."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
-        with safe_open(single, framework="pt") as file:
-            return dict.fromkeys(file.keys(), single.name)
+        return dict.fromkeys(_open(single).keys(), single.name)
     if not index.is_file():
         raise FileNotFoundError(
             f"{folder} holds neither model.safetensors nor model.safetensors.index.json; other formats are not read "
@@ -214,12 +218,19 @@ def _weight_files(folder: Path) -> dict[str, str]:
     return owner
 
 
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no intact safetensors file: {error}") from None
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: not a model folder in Hugging Face's layout")
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(fields, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(fields).__name__}")

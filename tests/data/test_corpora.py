@@ -115,8 +115,13 @@ def test_a_folder(tmp_path: Path) -> None:
     assert list(load_corpus(tmp_path, pattern="*.txt")) == ["B", "A"]
     (tmp_path / "b.txt").write_text("")
     (tmp_path / "sub" / "a.txt").write_text("")
-    with pytest.raises(ValueError, match=r"every file in .* is empty"):
-        load_corpus(tmp_path, pattern="*.txt")
+    for nothing in (b"", b"\xef\xbb\xbf", b"\xff\xfe"):
+        (tmp_path / "b.txt").write_bytes(nothing)
+        with pytest.raises(ValueError, match=r"every file in .* is empty"):
+            load_corpus(tmp_path, pattern="*.txt")
+    for pattern in ("/etc/*", "a**b"):
+        with pytest.raises(ValueError, match=r"pattern must match names|holds no file that matches"):
+            load_corpus(tmp_path, pattern=pattern)
 
 
 def test_a_name_is_a_name_and_a_path_is_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

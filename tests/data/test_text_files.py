@@ -84,6 +84,14 @@ def test_separators(tmp_path_factory: pytest.TempPathFactory, documents: list[st
     assert all(separator not in piece for piece in pieces)
 
 
+@pytest.mark.parametrize("line_end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("separator", ["\n\n", "\r\n\r\n", "\r\r"])
+def test_a_separator_of_any_line_ends_matches_any(tmp_path: Path, line_end: str, separator: str) -> None:
+    path = tmp_path / "file.txt"
+    path.write_bytes(f"one{line_end}more{line_end}{line_end}two{line_end}".encode())
+    assert list(read_documents(path, separator=separator)) == ["one\nmore", "two"]
+
+
 @settings(max_examples=100, deadline=None)
 @given(text=st.text("ab \n", min_size=1, max_size=200), limit=st.integers(1, 30))
 def test_pieces_end_with_lines(tmp_path_factory: pytest.TempPathFactory, text: str, limit: int) -> None:

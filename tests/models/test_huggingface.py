@@ -289,6 +289,34 @@ def test_broken_folders_are_refused_by_name(tmp_path):
     refused(ValueError, "does not hold more, though the index says so")
 
 
+@pytest.mark.parametrize("damage", [lambda b: b"", lambda b: b[:100], lambda b: b[:-10], lambda b: b"\xff" * 200])
+@pytest.mark.parametrize("sharded", [False, True])
+def test_damaged_weights_are_refused_by_name(damage, sharded, tmp_path):
+    _gpt2().save_pretrained(tmp_path, max_shard_size="4KB" if sharded else "1GB")
+    victim = sorted(tmp_path.glob("*.safetensors"))[-1]
+    victim.write_bytes(damage(victim.read_bytes()))
+    with pytest.raises(ValueError, match=f"{victim.name} is no intact safetensors file"):
+        huggingface.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("make", "changes", "message"),
+    [
+        (_gpt2, {"n_layer": 10**12}, "the config has 1000000000000 layers, but the weights are only"),
+        (_gpt2, {"n_embd": "12"}, "config.json is no config of GPT2LMHeadModel: .*d_model must be an integer"),
+        (_gpt2, {"activation_function": ["gelu"]}, "config.json is no config of GPT2LMHeadModel"),
+        (_llama, {"rope_parameters": [1]}, "config.json is no config of LlamaForCausalLM"),
+        (_llama, {"rope_parameters": {"rope_type": "linear"}}, "config.json is no config of .*'factor'"),
+    ],
+)
+def test_hostile_configs_are_refused_by_name(make, changes, message, tmp_path):
+    make().save_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    with pytest.raises(ValueError, match=message):
+        huggingface.load(tmp_path)
+
+
 def test_a_save_that_fails_leaves_the_old_files_and_no_others(tmp_path, monkeypatch):
     model = huggingface.from_transformers(_gpt2())
     huggingface.save(model, tmp_path)
