@@ -304,7 +304,7 @@ def test_exercises_hand_their_options_on(cli: Cli, monkeypatch: pytest.MonkeyPat
     ]
     assert calls == [
         ("build", ("02",), {"execute": False, "force": True}),
-        ("check", ("02",), {"seed": 5, "timeout": 60.0}),
+        ("check", ("02",), {"seed": 5, "timeout": 30.0}),
         ("hint", ("2.1", 2), {}),
         ("grade", (Path("submissions"),),
          {"exercise": "02", "output": Path("grades.csv"), "timeout": 120.0, "memory_mb": 4096, "jobs": 2}),
