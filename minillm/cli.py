@@ -13,20 +13,29 @@ import click
 from minillm import __version__
 
 
+class _BadValue(click.ClickException):
+    exit_code = 2
+
+
 class _Group(click.Group):
-    """A mistake of the user's ends in one sentence and exit status 1 (2 for a bad option), not in a traceback."""
+    """A mistake of the user's ends in one sentence, not in a traceback: exit status 2 for a value that cannot be, 1 for
+    what the machine or the files do not allow, 130 after Ctrl-C."""
 
     def invoke(self, context: click.Context) -> Any:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: click.echo(f"Warning: {message}", err=True)
             try:
                 return super().invoke(context)
-            except (click.exceptions.Exit, click.Abort):  # both are RuntimeErrors
+            except (click.exceptions.Exit, click.Abort, BrokenPipeError):  # click ends quietly where nobody reads on
                 raise
+            except KeyboardInterrupt:
+                click.echo("Interrupted", err=True)
+                raise SystemExit(130) from None
             except (ValueError, TypeError, OSError, RuntimeError) as error:
                 if context.params["traceback"]:
                     raise
-                raise click.ClickException(str(error)) from error
+                kind = _BadValue if isinstance(error, (ValueError, TypeError)) else click.ClickException
+                raise kind(str(error)) from error
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -83,6 +92,9 @@ def train(
     sections: Any = settings  # the checker takes **settings for any of train_run's arguments
     result = train_run(folder, corpus=corpus, **sections)
     click.echo(summary(result))
+    if result.checkpoint is None:
+        click.echo("Interrupted before the first step; the same command begins anew")
+        raise SystemExit(130)
     model, tokenizer = load_run(folder, device="cpu")
     if figures:
         for path in save_figures(folder, result, model, tokenizer):

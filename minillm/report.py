@@ -65,8 +65,9 @@ def write(model: Transformer, tokenizer: ByteBPETokenizer, prompt: str, **option
     ids = tokenizer.encode(prompt, allow_special=False) or list(stops[:1])
     if not ids:
         raise ValueError("prompt must not be empty for a tokenizer without special tokens")
+    tokens = stream(model, ids, stop_tokens=stops, **options)  # first, for it refuses options that cannot be
     yield prompt
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may be spread over several tokens
-    for token in stream(model, ids, stop_tokens=stops, **options):
+    for token in tokens:
         yield decoder.decode(tokenizer.token_bytes(token))
     yield decoder.decode(b"", final=True)

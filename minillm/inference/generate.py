@@ -133,11 +133,7 @@ def _steps(
     if not isinstance(max_new_tokens, int) or isinstance(max_new_tokens, bool) or max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must be an integer of at least 0, got {max_new_tokens!r}")
     device = model.token_embedding.weight.device
-    generator = torch.Generator(device)
-    if seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(seed)
+    generator = _generator(device, seed)
 
     # Rows are aligned at their ends, so that every row's next token is in the same column; shorter ones are padded in
     # front.
@@ -172,11 +168,28 @@ def _steps(
     return steps()
 
 
+def _generator(device: torch.device, seed: int | None) -> torch.Generator:
+    generator = torch.Generator(device)
+    if seed is None:
+        generator.seed()
+        return generator
+    try:
+        number = operator.index(seed)
+    except TypeError:
+        raise TypeError(f"seed must be an integer or None, got {seed!r}") from None
+    if not -(2**63) <= number < 2**64:
+        raise ValueError(f"seed must fit into 64 bits, got {seed!r}")
+    return generator.manual_seed(number)
+
+
 def _prompts(model: Transformer, prompt: Sequence[int] | Sequence[Sequence[int]]) -> tuple[bool, list[list[int]]]:
     """Whether one prompt was given, and the prompts as lists of ints that the model knows."""
     if isinstance(prompt, str | bytes):
         raise TypeError(f"prompt must be token ids, got {type(prompt).__name__}: encode it with the model's tokenizer")
-    given: list[Any] = prompt.tolist() if isinstance(prompt, Tensor) else list(prompt)
+    try:
+        given: list[Any] = list(prompt.tolist() if isinstance(prompt, Tensor) else prompt)
+    except TypeError:
+        raise TypeError(f"prompt must be a list of token ids, or of such lists, got {prompt!r:.60}") from None
     if not given:
         raise ValueError("prompt must hold at least one token, got none")
     single = not isinstance(given[0], Sequence | Tensor)

@@ -27,8 +27,9 @@ def candidates(
         raise ValueError("temperature must be above 0 for probabilities; 0 is greedy, see sample")
     scores = logits.float()
     if temperature != 1.0:
-        # Shifted first so that a tiny temperature overflows to -inf (probability 0), never to inf - inf.
-        scores = (scores - scores.amax(-1, keepdim=True)) / temperature
+        # Shifted first so that a tiny temperature overflows to -inf (probability 0), never to inf - inf; and divided by
+        # no less than float32 can hold, for 0 / 0 is NaN.
+        scores = (scores - scores.amax(-1, keepdim=True)) / max(temperature, torch.finfo(torch.float32).tiny)
     if top_k is not None and top_k < scores.size(-1):
         scores, ids = scores.topk(top_k, dim=-1)
     elif top_p is not None:

@@ -70,7 +70,7 @@ class TrainingConfig:
             self._check_integer(name, 1)
         for name in ("eval_every", "eval_batches", "checkpoint_every"):
             self._check_integer(name, 1, optional=True)
-        self._check_integer("seed", 0)
+        self._check_integer("seed", 0, 2**64 - 1)
         self._check_integer("warmup_steps", 0, self.max_steps, optional=True)
         self._check_number("learning_rate", above=0.0)
         self._check_number("min_learning_rate", at_least=0.0, at_most=self.learning_rate, optional=True)

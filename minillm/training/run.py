@@ -83,7 +83,7 @@ def train_run(
                 raise FileExistsError(f"{folder} holds a run already; resume it, or name another folder")
             require_same(folder, settings, read_settings(folder))
         else:
-            _prepare(folder, settings)
+            _prepare(folder, corpus, settings)
         bpe, model_config, train_data, validation = _open(folder, settings)
         # Only now: what stands here is known to fit together, and an unfinished preparation is begun anew.
         write_settings(folder, settings)
@@ -149,7 +149,7 @@ def _token_counts(data: TokenDataset) -> torch.Tensor:
     return counts
 
 
-def _prepare(folder: Path, settings: dict[str, Any]) -> None:
+def _prepare(folder: Path, corpus: str, settings: dict[str, Any]) -> None:
     """Write the tokenizer and the shards, and see that they fit the rest; after an error nothing of them stays.
 
     Until run.json stands, a marker says that what is here is the work of a preparation, which may be begun anew;
@@ -166,12 +166,12 @@ def _prepare(folder: Path, settings: dict[str, Any]) -> None:
         fsync(folder)
     try:
         _discard_preparation(folder)
-        corpus = load_corpus(settings["corpus"])
-        bpe = ByteBPETokenizer.train(corpus, special_tokens=[END_OF_TEXT], **settings["tokenizer"])
+        documents = load_corpus(corpus)
+        bpe = ByteBPETokenizer.train(documents, special_tokens=[END_OF_TEXT], **settings["tokenizer"])
         bpe.save(folder / "tokenizer.json")
         TokenDataset.write(
             folder / "data",
-            corpus,
+            documents,
             bpe,
             validation_fraction=settings["data"]["validation_fraction"],
             seed=settings["data"]["seed"],

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from minillm.data.corpora import NAMES
 from minillm.models import TransformerConfig
 from minillm.training.config import TrainingConfig
 from minillm.training.integrity import fsync
@@ -29,7 +30,7 @@ def complete_settings(
     Raises ValueError or TypeError for a setting that does not exist or is out of range.
     """
     settings: dict[str, Any] = {
-        "corpus": corpus,
+        "corpus": _corpus(corpus),
         "tokenizer": _complete("tokenizer", tokenizer or {}, TOKENIZER_DEFAULTS),
         "data": _complete("data", data or {}, DATA_DEFAULTS),
     }
@@ -71,7 +72,12 @@ def _fixed_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """All settings but those of training, flat: `model.d_model` -> 128."""
     sections = {section: settings[section] for section in ("tokenizer", "data", "model")}
     flat = {f"{section}.{name}": value for section, values in sections.items() for name, value in values.items()}
-    return {"corpus": settings["corpus"]} | flat
+    return {"corpus": _corpus(settings["corpus"])} | flat
+
+
+def _corpus(name_or_path: str) -> str:
+    """One name for one corpus: a path in full."""
+    return name_or_path if name_or_path in NAMES else str(Path(name_or_path).resolve())
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

@@ -4,6 +4,8 @@ import dataclasses
 import json
 import re
 import shlex
+import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -19,7 +21,8 @@ import minillm.training.run
 from minillm import __version__, exercises
 from minillm.cli import main
 from minillm.inference import generate
-from minillm.training import TrainingResult
+from minillm.tokenizers import ByteBPETokenizer
+from minillm.training import Trainer, TrainingResult
 from minillm.training.run import load_run
 
 Cli = Callable[..., Result]
@@ -122,7 +125,7 @@ def test_train_leaves_another_run_alone(cli: Cli, corpus: Path, small: Small) ->
     assert cli(*options).exit_code == 0
     before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
     result = cli(*options, "--set", "model.d_model=32")
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert re.search(r"Error: run holds another run: model\.d_model is 16 there, not 32; .*folder", result.output)
     assert {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()} == before
 
@@ -152,22 +155,66 @@ def test_train_takes_a_file_as_preset(cli: Cli, corpus: Path, small: Small) -> N
         (("--steps", "many"), 2, "'many' is not a valid integer"),
         (("--stps", "3"), 2, "--steps"),
         (("--steps", "0"), 2, "max_steps must be at least 1"),
-        (("--set", "model.n_heads=3"), 1, "n_heads"),
-        (("--set", "tokenizer.vocab_size=3"), 1, "vocab_size"),
-        (("--set", "tokenizer.pattern=gpt5"), 1, "gpt2"),
-        (("--corpus", "python-dcos"), 1, "must be one of python-docs, python-stdlib, synthetic"),
+        (("--steps", "1", "--seed", str(2**64)), 2, "seed must be from 0 to"),
+        (("--set", "model.n_heads=3"), 2, "n_heads"),
+        (("--set", "tokenizer.vocab_size=3"), 2, "vocab_size"),
+        (("--set", "tokenizer.pattern=gpt5"), 2, "gpt2"),
+        (("--set", "data.batch_size=0"), 2, "batch_size"),
+        (("--set", "data.validation_fraction=2"), 2, "validation_fraction"),
+        (("--corpus", "python-dcos"), 2, "must be one of python-docs, python-stdlib, synthetic"),
         (("--device", "tpu"), 2, "device"),
     ],
 )
 def test_train_refuses_what_it_cannot_do(options: Small, status: int, words: str, cli: Cli) -> None:
     result = cli("train", "--out", "run", *options)
     assert (result.exit_code, words in " ".join(result.output.split())) == (status, True), result.output
-    assert not Path("run/run.json").exists()
+    assert not Path("run").exists()
 
 
 def test_traceback_is_shown_when_asked_for(cli: Cli) -> None:
     with pytest.raises(ValueError, match="python-dcos"):
         cli("--traceback", "train", "--corpus", "python-dcos", "--out", "run")
+
+
+def test_ctrl_c_before_the_first_step(cli: Cli, corpus: Path, small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ("train", "--corpus", corpus, "--out", "run", "--steps", "2", *small)
+    with monkeypatch.context() as patch:
+        patch.setattr(ByteBPETokenizer, "train", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+        result = cli(*options)
+    assert (result.exit_code, result.stderr.strip()) == (130, "Interrupted")
+    assert not Path("run").exists()
+
+    start = Trainer._start
+
+    def pressed(trainer: Trainer) -> None:
+        signal.raise_signal(signal.SIGINT)
+        start(trainer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_start", pressed)
+        result = cli(*options)
+    assert result.exit_code == 130
+    assert "Interrupted before the first step" in result.stdout
+    assert cli(*options).exit_code == 0
+
+
+def test_a_reader_that_has_enough_ends_the_text(run: Path) -> None:
+    """`minillm sample run | head -c 1`"""
+    command = [sys.executable, "-m", "minillm", "sample", str(run), "--max-new-tokens", "100000"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.read(1)
+        process.stdout.close()
+        assert process.stderr.read() == b""
+
+
+def test_one_corpus_by_two_paths(cli: Cli, corpus: Path, small: Small) -> None:
+    shutil.copy(corpus, "corpus.txt")
+    for name in ("corpus.txt", "./corpus.txt", Path("corpus.txt").absolute()):
+        result = cli("train", "--corpus", name, "--out", "run", "--steps", "1", *small)
+        assert result.exit_code == 0, result.output
+    assert json.loads(Path("run/run.json").read_text())["corpus"] == str(Path("corpus.txt").resolve())
 
 
 def test_train_says_how_to_go_on_after_ctrl_c(
@@ -213,19 +260,24 @@ def test_sample_begins_a_text_without_a_prompt(cli: Cli, run: Path) -> None:
         (("--top-p", "0"), 2, "0<x<=1"),
         (("--top-k", "0"), 2, "x>=1"),
         (("--max-new-tokens", "0"), 2, "x>=1"),
-        (("--device", "tpu"), 1, "device"),
+        (("--device", "tpu"), 2, "device"),
+        (("--device", "meta"), 2, "device"),
+        (("--temperature", "nan"), 2, "temperature must be 0 (greedy)"),
+        (("--top-p", "nan"), 2, "top_p must be"),
+        (("--seed", str(2**64)), 2, "seed must fit into 64 bits"),
     ],
 )
 def test_sample_refuses_impossible_settings(options: Small, status: int, words: str, cli: Cli, run: Path) -> None:
-    result = cli("sample", run, *options)
+    result = cli("sample", run, "--prompt", "A fox", *options)
     assert (result.exit_code, words in result.output) == (status, True), result.output
+    assert result.stdout == ""
 
 
 def test_sample_refuses_a_folder_without_a_run(cli: Cli) -> None:
     assert cli("sample", "nowhere").exit_code == 2
     Path("empty").mkdir()
     result = cli("sample", "empty")
-    assert result.exit_code == 1
+    assert result.exit_code == 1  # not the option's value is wrong but what is on the disk
     assert "holds no training run" in result.output
 
 
@@ -256,12 +308,12 @@ def test_tokenizer_keeps_a_file_that_is_there(cli: Cli, corpus: Path) -> None:
 
 def test_tokenizer_refuses_what_is_no_corpus_or_no_tokenizer(cli: Cli, corpus: Path) -> None:
     result = cli("tokenizer", "train", "nowhere")
-    assert (result.exit_code, "must be one of python-docs" in result.output) == (1, True)
-    assert cli("tokenizer", "train", corpus, "--vocab-size", "3").exit_code == 1
+    assert (result.exit_code, "must be one of python-docs" in result.output) == (2, True)
+    assert cli("tokenizer", "train", corpus, "--vocab-size", "3").exit_code == 2
     result = cli("tokenizer", "train", corpus, "--pattern", "gpt5")
-    assert (result.exit_code, "gpt2" in result.output) == (1, True)
+    assert (result.exit_code, "gpt2" in result.output) == (2, True)
     result = cli("tokenizer", "encode", corpus, "text")
-    assert (result.exit_code, result.output.startswith("Error: ")) == (1, True)
+    assert (result.exit_code, result.output.startswith("Error: ")) == (2, True)
     assert not Path("tokenizer.json").exists()
 
 
@@ -313,7 +365,7 @@ def test_exercises_hand_their_options_on(cli: Cli, monkeypatch: pytest.MonkeyPat
 
 def test_exercises_refuse_an_unknown_part(cli: Cli) -> None:
     result = cli("exercises", "hint", "second")
-    assert (result.exit_code, result.output.startswith("Error: ")) == (1, True)
+    assert (result.exit_code, result.output.startswith("Error: ")) == (2, True)
 
 
 def test_refuses_an_unknown_command(cli: Cli) -> None:

@@ -1,6 +1,7 @@
 """Generation against transformers' greedy search, against the model run without a cache, and in its manners."""
 
 import functools
+import math
 
 import pytest
 import torch
@@ -168,13 +169,21 @@ def test_zero_new_tokens_tensors_and_bfloat16():
         ([1], {"temperature": -1.0}, ValueError, "temperature must be 0"),
         ([1], {"top_k": 0}, ValueError, "top_k must be None or"),
         ([1], {"top_p": 0}, ValueError, "top_p must be None or"),
+        ([1], {"temperature": math.nan}, ValueError, "temperature must be 0"),
+        ([1], {"top_p": math.nan}, ValueError, "top_p must be None or"),
+        (3, {}, TypeError, "prompt must be a list of token ids"),
+        (torch.tensor(3), {}, TypeError, "prompt must be a list of token ids"),
+        ([1], {"seed": 1.5}, TypeError, "seed must be an integer or None, got 1.5"),
+        ([1], {"seed": "1"}, TypeError, "seed must be an integer or None, got '1'"),
+        ([1], {"seed": 2**64}, ValueError, "seed must fit into 64 bits, got 18446744073709551616"),
+        ([1], {"seed": -(2**63) - 1}, ValueError, "seed must fit into 64 bits"),
         ([1], {"stop_tokens": 5}, TypeError, "stop_tokens must be a collection of token ids"),
         ([1], {"stop_tokens": ["."]}, TypeError, "stop_tokens must be a collection of token ids"),
     ],
 )
 @pytest.mark.parametrize("function", [generate, stream])
 def test_bad_input_is_refused_at_the_call(function, prompt, arguments, error, message):
-    if function is stream and prompt and isinstance(prompt[0], list | str) and not isinstance(prompt, str):
+    if function is stream and isinstance(prompt, list) and prompt and isinstance(prompt[0], list | str):
         error, message = TypeError, "prompt"
         if prompt[-1] in ([], [-2]):
             error = ValueError

@@ -91,3 +91,12 @@ def test_bfloat16_logits_are_summed_in_float32():
 def test_bad_settings_are_refused_by_name(arguments, message):
     with pytest.raises(ValueError, match=message):
         candidates(torch.zeros(1, 3), **arguments)
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-38, 1e-45, 1e-50, 5e-324])
+@pytest.mark.parametrize("options", [{}, {"top_k": 3}, {"top_p": 0.9}])
+def test_a_temperature_near_0_is_greedy(temperature, options):
+    logits = torch.tensor([[1.0, 3.0, 2.0, -1.0], [0.0, 0.5, 0.5 + 1e-6, 0.25]])
+    expected = torch.tensor([[0.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0]])
+    assert torch.equal(_distribution(logits, temperature=temperature, **options), expected)
+    assert sample(logits, temperature=temperature, **options).tolist() == [1, 2]
