@@ -54,9 +54,9 @@ class Trainer:
         folder: where metrics and checkpoints go; None writes nothing.
         resume: go on from the newest good checkpoint in `folder`. False refuses a folder that holds any.
         progress: show a bar on the standard error, with the loss, tokens per second and the time left.
-        on_log: called with each line of metrics.
-        on_evaluate: called with this Trainer and the line of metrics after each evaluation, e.g. to show what the model
-            writes by now. Neither it nor `on_log` changes the run: random numbers it draws are taken back.
+        on_log: called with each line of metrics, before it is written: what it adds is written too, and must be JSON.
+        on_evaluate: called so with this Trainer and the line after each evaluation, e.g. to add what the model writes
+            by now. Neither it nor `on_log` changes the run: random numbers it draws are taken back.
 
     Raises:
         FileExistsError: `resume` is False and there are checkpoints.
@@ -218,18 +218,25 @@ class Trainer:
                 evaluation = last or _due(self.step, config.eval_every)
                 save = last or interrupt.requested or _due(self.step, config.checkpoint_every)
                 if evaluation or save or self.step == 1 or _due(self.step, config.log_every):
-                    rate = self.optimizer.param_groups[0]["lr"]
-                    line = report.measure(self.step, self._statistics, learning_rate=rate)
+                    line = self._measure()
                     if evaluation and self.validation_data is not None:
                         batches = self.validation_data.evaluation_batches(config.eval_batches)
                         loss = self._mean_loss(_until(batches, interrupt))
                         if not interrupt.requested:
                             line["validation_loss"] = loss
-                    report.append(line)
                     self._call_back(line, evaluated=evaluation and not interrupt.requested)
+                    report.append(line)
                     if save or interrupt.requested:
                         self._save()
                     report.restart_clock()
+            if self.folder is not None and self._saved != self.step:  # Ctrl-C came when this step was seen to
+                if self.history[-1]["step"] != self.step:
+                    report.append(self._measure())
+                self._save()
+
+    def _measure(self) -> dict[str, Any]:
+        rate = self.optimizer.param_groups[0]["lr"]
+        return self._report.measure(self.step, self._statistics, learning_rate=rate)
 
     def _call_back(self, line: dict[str, Any], *, evaluated: bool) -> None:
         devices = [self.device] if self.device.type == "cuda" else []
@@ -254,6 +261,7 @@ class Trainer:
             config=config,
             keep=self.config.keep_checkpoints,
         )
+        self._saved = self.step
 
     def _mean_loss(self, batches: Iterable[Batch]) -> float:
         with evaluation_mode(self.model):

@@ -27,6 +27,7 @@ from minillm.training import (
     TrainingConfig,
     checkpoint_steps,
 )
+from minillm.training.report import Report
 
 VOCAB_SIZE, CONTEXT_LENGTH, BATCH_SIZE = 27, 8, 4
 
@@ -241,6 +242,37 @@ def test_ctrl_c_during_evaluation_does_not_wait_for_its_end(shards: Path, tmp_pa
     assert checkpoint_steps(tmp_path / "checkpoints") == [2]
 
 
+@pytest.mark.parametrize("moment", ["before the line", "after the line"])
+def test_ctrl_c_at_the_end_of_a_step_is_saved(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """When it is decided already that this step is not to be saved."""
+    config = make_config(max_steps=9, learning_rate=0.01, log_every=4, eval_every=None)
+    whole, parts = make_model(dropout=0.2), make_model(dropout=0.2)
+    train(whole, shards, config)
+    trainer = Trainer(parts, make_data(shards), None, config, folder=tmp_path, progress=False)
+    step = 5 if moment == "before the line" else 4
+    name = "_due" if moment == "before the line" else "restart_clock"
+    owner: Any = minillm.training.trainer if name == "_due" else Report
+    original = getattr(owner, name)
+
+    def press(*arguments: Any) -> Any:
+        if trainer.step == step and (name != "_due" or arguments == (step, config.log_every)):
+            signal.raise_signal(signal.SIGINT)
+        return original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, press)
+        stopped = trainer.train()
+    assert (stopped.step, stopped.interrupted) == (step, True)
+    assert checkpoint_steps(tmp_path / "checkpoints") == [step]
+    assert [line["step"] for line in stopped.history] == ([1, 4, 5] if step == 5 else [1, 4])
+    resumed = make_model(seed=5, dropout=0.2)
+    result = train(resumed, shards, config, folder=tmp_path, validation_data=None)
+    assert same(whole, resumed)
+    assert result.tokens == 9 * BATCH_SIZE * CONTEXT_LENGTH
+
+
 def test_a_second_ctrl_c_raises_and_the_trainer_knows_that_a_step_was_cut(shards: Path, tmp_path: Path) -> None:
     def press_twice(module: nn.Module, inputs: Any) -> None:
         if trainer.step == 3:
@@ -415,7 +447,7 @@ def test_a_stop_without_a_checkpoint_says_so(shards: Path) -> None:
         train(make_model(), shards, make_config(learning_rate=1e30, grad_clip=None, warmup_steps=0))
 
 
-def test_callbacks_see_the_run_and_do_not_change_it(shards: Path) -> None:
+def test_callbacks_see_the_run_and_do_not_change_it(shards: Path, tmp_path: Path) -> None:
     seen: list[tuple[int, bool]] = []
 
     def on_evaluate(trainer: Trainer, line: dict[str, Any]) -> None:
@@ -427,10 +459,12 @@ def test_callbacks_see_the_run_and_do_not_change_it(shards: Path) -> None:
     quiet, watched = make_model(dropout=0.3), make_model(dropout=0.3)
     config = make_config(eval_every=2)
     train(quiet, shards, config)
-    result = train(watched, shards, config, on_evaluate=on_evaluate)
+    result = train(watched, shards, config, on_evaluate=on_evaluate, folder=tmp_path)
     assert seen == [(2, False), (4, False), (6, False)]
     assert same(quiet, watched)
     assert result.history[-1]["sample"] == "hello"
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines == result.history
 
 
 def test_frozen_parameters_stay_and_the_mode_is_given_back(shards: Path) -> None:
