@@ -31,7 +31,7 @@ def read_index(folder: Path) -> tuple[dict[str, Any], str]:
         ) from None
     try:
         index = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DatasetError(f"{path} is damaged: {error}") from error
     if not isinstance(index, dict) or index.get("format") != FORMAT:
         raise DatasetError(f"{path} is no index of a token dataset")
@@ -49,7 +49,12 @@ def read_index(folder: Path) -> tuple[dict[str, Any], str]:
 def _check_index(index: dict[str, Any]) -> None:
     if index["dtype"] not in ("<u2", "<u4"):
         raise ValueError(f"dtype must be '<u2' or '<u4', it is {index['dtype']!r}")
-    for name in ("vocab_size", "seed", "end_of_text", "validation_fraction", "tokenizer_fingerprint"):
+    if type(index["vocab_size"]) is not int or not 1 <= index["vocab_size"] <= 2**32:
+        raise ValueError(f"vocab_size must be an integer in 1 .. 2^32, it is {index['vocab_size']!r}")
+    end_of_text = index["end_of_text"]
+    if end_of_text is not None and not (type(end_of_text) is int and 0 <= end_of_text < index["vocab_size"]):
+        raise ValueError(f"end_of_text must be a token id or null, it is {end_of_text!r}")
+    for name in ("seed", "validation_fraction", "tokenizer_fingerprint"):
         index[name]
     for split in SPLITS:
         description = index["splits"][split]
