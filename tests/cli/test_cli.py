@@ -176,6 +176,15 @@ def test_traceback_is_shown_when_asked_for(cli: Cli) -> None:
         cli("--traceback", "train", "--corpus", "python-dcos", "--out", "run")
 
 
+@pytest.fixture
+def heard_ctrl_c() -> Iterator[None]:
+    """A process that a shell started in the background ignores SIGINT; Python then raises no KeyboardInterrupt."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heard_ctrl_c")
 def test_ctrl_c_before_the_first_step(cli: Cli, corpus: Path, small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
     options = ("train", "--corpus", corpus, "--out", "run", "--steps", "2", *small)
     with monkeypatch.context() as patch:
