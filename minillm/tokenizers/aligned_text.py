@@ -16,8 +16,8 @@ class AlignedText:
 
     Attributes:
         text: The text as it is now.
-        starts, ends: Character i of `text` comes from `original[starts[i]:ends[i]]`; one entry each a character. Several
-            characters may come from the same stretch; one that was inserted has an empty stretch.
+        starts, ends: Character i of `text` comes from `original[starts[i]:ends[i]]`; one entry each a character.
+            Several characters may come from the same stretch; one that was inserted has an empty stretch.
     """
 
     text: str

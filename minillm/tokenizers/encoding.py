@@ -47,13 +47,13 @@ class Encoding:
 
     def slice(self, start: int, end: int) -> Encoding:
         """Tokens `start` to `end`, without what had overflowed."""
-        return Encoding(*(getattr(self, name)[start:end] for name in _PER_TOKEN))
+        return Encoding(**{name: getattr(self, name)[start:end] for name in _PER_TOKEN})
 
     @classmethod
     def joined(cls, parts: Iterable[Encoding]) -> Encoding:
         """One encoding after the other, without what had overflowed."""
         parts = list(parts)
-        return cls(*(list(chain.from_iterable(getattr(part, name) for part in parts)) for name in _PER_TOKEN))
+        return cls(**{name: list(chain.from_iterable(getattr(part, name) for part in parts)) for name in _PER_TOKEN})
 
 
 _PER_TOKEN = [attribute.name for attribute in fields(Encoding) if attribute.name != "overflowing"]
