@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from itertools import chain
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -47,13 +48,17 @@ class Encoding:
 
     def slice(self, start: int, end: int) -> Encoding:
         """Tokens `start` to `end`, without what had overflowed."""
-        return Encoding(**{name: getattr(self, name)[start:end] for name in _PER_TOKEN})
+        columns: dict[str, Any] = {name: getattr(self, name)[start:end] for name in _PER_TOKEN}
+        return Encoding(**columns)
 
     @classmethod
     def joined(cls, parts: Iterable[Encoding]) -> Encoding:
         """One encoding after the other, without what had overflowed."""
         parts = list(parts)
-        return cls(**{name: list(chain.from_iterable(getattr(part, name) for part in parts)) for name in _PER_TOKEN})
+        columns: dict[str, Any] = {
+            name: list(chain.from_iterable(getattr(part, name) for part in parts)) for name in _PER_TOKEN
+        }
+        return cls(**columns)
 
 
 _PER_TOKEN = [attribute.name for attribute in fields(Encoding) if attribute.name != "overflowing"]
