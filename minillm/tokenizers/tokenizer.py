@@ -93,8 +93,8 @@ class Tokenizer(ABC):
         """For each id of `_encode_piece(piece)`: the characters `piece[start:end]` that it stands for."""
 
     @abstractmethod
-    def _join(self, tokens: list[str]) -> str:
-        """The text that tokens, as they are spelled in the vocabulary, stand for."""
+    def _join(self, ids: list[int]) -> str:
+        """The text that token ids, each of which is in the vocabulary, stand for; `_tokens` has their spelling."""
 
     @abstractmethod
     def _model_json(self) -> dict[str, Any]:
@@ -223,7 +223,10 @@ class Tokenizer(ABC):
             skip_special_tokens: Leave special tokens out.
         """
         hidden = set(self.special_tokens.values()) if skip_special_tokens else ()
-        return self._join([self.id_to_token(i) for i in ids if i not in hidden])
+        shown = [index(i) for i in ids if i not in hidden]
+        for i in shown:
+            self.id_to_token(i)
+        return self._join(shown)
 
     # Files.
 
