@@ -128,8 +128,8 @@ class Tokenizer(ABC):
 
     def token_to_id(self, token: str) -> int | None:
         """The id of a token, as spelled in files; None if there is no such token."""
-        added = self._added.special.get(token)
-        return added if added is not None else self._vocabulary.get(token)
+        added = self._added.with_text(token)
+        return added.id if added else self._vocabulary.get(token)
 
     def id_to_token(self, token_id: int) -> str:
         """How a token is spelled in files; ValueError for an id that no token has."""
@@ -156,11 +156,11 @@ class Tokenizer(ABC):
             ValueError: `text` has a lone surrogate.
         """
         check_text(text)
-        if not allow_special or not self._added:
+        if not self._added:
             return self._encode_ordinary(self.normalizer(text) if self.normalizer else text, at_start=True)
         ids: list[int] = []
         at_start = True
-        for part in self._added.cut(text, self.normalizer):
+        for part in self._added.cut(text, self.normalizer, allow_special=allow_special):
             if isinstance(part, int):
                 ids.append(part)
             else:
@@ -175,16 +175,11 @@ class Tokenizer(ABC):
     def encode_with_offsets(self, text: str, *, allow_special: bool = True) -> Encoding:
         """The same ids, with how each token is spelled and which characters of the text it stands for."""
         check_text(text)
-        aligned = AlignedText.of(text)
-        if allow_special:
-            parts = self._added.cut_aligned(aligned, self.normalizer)
-        else:
-            parts = [self.normalizer.align(aligned) if self.normalizer else aligned]
         ids: list[int] = []
         offsets: list[tuple[int, int]] = []
         words: list[int | None] = []
         n_pieces = 0
-        for part in parts:
+        for part in self._added.cut_aligned(AlignedText.of(text), self.normalizer, allow_special=allow_special):
             if isinstance(part, AlignedText):
                 for piece in self._pieces(part):
                     piece_ids, spans = self._encode_aligned(piece)
