@@ -1,0 +1,314 @@
+"""Learning a WordPiece vocabulary from counted words.
+
+A word is spelled with its first character as it is and the others with a prefix: `hug` is `h ##u ##g`. Then, again and
+again, the pair of neighbouring tokens with the highest score becomes a token, `h ##u` becomes `hu`, until the
+vocabulary is full. Two scores, where freq counts occurrences in the words as they are spelled so far:
+
+    likelihood   freq(ab) / (freq(a) freq(b))
+    frequency    freq(ab)
+
+The first is WordPiece's own. In a unigram model of N tokens, an occurrence of a and b has the likelihood
+freq(a)/N freq(b)/N, and once it is one token, freq(ab)/N: the score is, up to N, the factor that each merged occurrence
+gains. (Its logarithm is the pointwise mutual information of a and b.) It says nothing of how many occurrences there
+are, so tokens that are rare and always neighbours come first, and `min_frequency` decides how rare.
+
+The second is byte pair encoding, and it is what the WordPieceTrainer of the Hugging Face `tokenizers` library computes:
+it trains BPE with the prefix and throws the merges away. Google's own learner was never published; the one that came
+with TensorFlow Text counts substrings from long to short instead of merging. From the same alphabet, `frequency` gives
+the vocabulary of `tokenizers`, id for id. Only, `tokenizers` numbers the prefixed characters in the order of a randomly
+seeded hash map, hence differently in every run, and with them the ties between equally frequent pairs; here they come
+by code point.
+
+`learn_wordpiece_plain` says what is computed; `learn_wordpiece` computes the same, quickly.
+
+Sources: Schuster and Nakajima, "Japanese and Korean voice search" (2012), section 3; Wu et al., "Google's neural
+machine translation system" (2016), section 4.1.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from fractions import Fraction
+from itertools import pairwise
+from typing import Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from minillm.tokenizers.merges import MAX_VOCAB_SIZE
+
+Score = Literal["likelihood", "frequency"]
+Pair = tuple[int, int]
+
+
+def learn_vocabulary(
+    word_counts: Mapping[str, int],
+    vocab_size: int,
+    *,
+    score: Score = "likelihood",
+    special_tokens: Sequence[str] = (),
+    prefix: str = "##",
+    min_frequency: int = 1,
+    initial_alphabet: Iterable[str] = (),
+    limit_alphabet: int | None = None,
+) -> list[str]:
+    """A vocabulary in the order of its ids: special tokens, characters, prefixed characters, then merges.
+
+    Args:
+        word_counts: How often each word (a piece of normalized text) occurs.
+        vocab_size: Number of tokens wanted. Fewer come out when no pair is left to merge.
+        score: "likelihood" or "frequency".
+        special_tokens: The first ids.
+        prefix: What a token begins with that continues a word.
+        min_frequency: Learn no token from a pair that occurs less often.
+        initial_alphabet: Characters to have even if no word does.
+        limit_alphabet: Keep only so many characters, the initial alphabet and the most frequent others.
+
+    Raises:
+        ValueError: No words; `vocab_size` does not hold the special tokens and the alphabet; another argument is out of
+            range; special tokens repeat.
+    """
+    if score not in get_args(Score):
+        raise ValueError(f"score must be one of {', '.join(map(repr, get_args(Score)))}, got {score!r}")
+    if min_frequency < 1:
+        raise ValueError(f"min_frequency must be at least 1, got {min_frequency}")
+    if not prefix:
+        raise ValueError("prefix must not be empty")
+    if limit_alphabet is not None and limit_alphabet < 1:
+        raise ValueError(f"limit_alphabet must be at least 1 or None, got {limit_alphabet}")
+    if len(set(special_tokens)) < len(special_tokens):
+        raise ValueError(f"special_tokens must differ from each other, got {list(special_tokens)!r}")
+    if not word_counts:
+        raise ValueError("texts must hold at least one word to learn from, got none")
+    alphabet = alphabet_of(word_counts, prefix=prefix, initial=initial_alphabet, limit=limit_alphabet)
+    tokens = list(dict.fromkeys([*special_tokens, *alphabet]))
+    if not len(tokens) <= vocab_size <= MAX_VOCAB_SIZE:
+        raise ValueError(
+            f"vocab_size must be from {len(tokens)} ({len(special_tokens)} special tokens and "
+            f"{len(tokens) - len(special_tokens)} characters, with and without {prefix!r}) to {MAX_VOCAB_SIZE}, "
+            f"got {vocab_size}"
+        )
+    return learn_wordpiece(word_counts, tokens, vocab_size, score=score, prefix=prefix, min_frequency=min_frequency)
+
+
+def alphabet_of(
+    word_counts: Mapping[str, int], *, prefix: str = "##", initial: Iterable[str] = (), limit: int | None = None
+) -> list[str]:
+    """The characters of the words, by code point, then with the prefix those that stand inside of a word.
+
+    Args:
+        word_counts: How often each word occurs.
+        prefix: What a token begins with that continues a word.
+        initial: Characters to have in any case; of a longer string the first.
+        limit: Keep so many characters, the initial and the most frequent; equally frequent ones by code point.
+    """
+    counts: Counter[str] = Counter()
+    for word, count in word_counts.items():
+        for character in word:
+            counts[character] += count
+    first = {text[:1] for text in initial}
+    by_frequency = sorted({*first, *counts}, key=lambda c: (c not in first, -counts[c], c))
+    kept = sorted(by_frequency[:limit])
+    inside = {character for word in word_counts for character in word[1:]}
+    return kept + [prefix + character for character in kept if character in inside]
+
+
+def learn_wordpiece_plain(
+    word_counts: Mapping[str, int],
+    tokens: Sequence[str],
+    vocab_size: int,
+    *,
+    score: Score = "likelihood",
+    prefix: str = "##",
+    min_frequency: int = 1,
+) -> list[str]:
+    """Merge the pair with the highest score until there are `vocab_size` tokens, counting everything anew each time.
+
+    Of the pairs that occur at least `min_frequency` times, the one with the highest score wins; of equal scores, the
+    more frequent pair; of equally frequent ones, that with the smaller left id, then the smaller right id. In a run
+    such as "aaa", every neighbouring pair counts, and merging goes from left to right. A merge that spells a token which
+    is there already (a special token, say) becomes that token.
+
+    Args:
+        word_counts: How often each word occurs.
+        tokens: The tokens to begin with, in the order of their ids. A word's character that is not among them is
+            passed over, as in `tokenizers`.
+        vocab_size: Stop when there are so many tokens, or no pair left.
+        score, prefix, min_frequency: See `learn_vocabulary`.
+
+    Returns:
+        The tokens in the order of their ids, `tokens` first.
+    """
+    tokens = list(tokens)
+    id_of = {token: i for i, token in enumerate(tokens)}
+    words = {word: _spell(word, id_of, prefix) for word in word_counts}
+    while len(tokens) < vocab_size:
+        token_counts: Counter[int] = Counter()
+        pair_counts: Counter[Pair] = Counter()
+        for word, ids in words.items():
+            for token in ids:
+                token_counts[token] += word_counts[word]
+            for pair in pairwise(ids):
+                pair_counts[pair] += word_counts[word]
+        scores = {
+            (a, b): Fraction(count, token_counts[a] * token_counts[b]) if score == "likelihood" else Fraction(count)
+            for (a, b), count in pair_counts.items()
+            if count >= min_frequency
+        }
+        if not scores:
+            break
+        best = min(scores, key=lambda pair: (-scores[pair], -pair_counts[pair], pair))
+        merged = id_of.setdefault(_joined(tokens[best[0]], tokens[best[1]], prefix), len(tokens))
+        if merged == len(tokens):
+            tokens.append(_joined(tokens[best[0]], tokens[best[1]], prefix))
+        words = {word: _merge_pair(ids, best, merged) for word, ids in words.items()}
+    return tokens
+
+
+def learn_wordpiece(
+    word_counts: Mapping[str, int],
+    tokens: Sequence[str],
+    vocab_size: int,
+    *,
+    score: Score = "likelihood",
+    prefix: str = "##",
+    min_frequency: int = 1,
+) -> list[str]:
+    """The same as `learn_wordpiece_plain`, without counting anew or looking at every word for every merge.
+
+    As in `merges.learn_merges`, a word is held as a `str` whose characters are token ids, and the counts are corrected
+    around each merge. A merge makes its two tokens rarer, which raises the score of every pair that one of them is part
+    of: scores are therefore computed for all pairs, by numpy (see `_PairTable`).
+    """
+    tokens = list(tokens)
+    id_of = {token: i for i, token in enumerate(tokens)}
+    words = ["".join(map(chr, _spell(word, id_of, prefix))) for word in word_counts]
+    counts = list(word_counts.values())
+    token_counts = np.zeros(max(vocab_size, len(tokens)), dtype=np.int64)
+    pair_counts: dict[str, int] = defaultdict(int)
+    found_in: dict[str, list[int]] = defaultdict(list)
+    for i, word in enumerate(words):
+        for token in word:
+            token_counts[ord(token)] += counts[i]
+        for left, right in pairwise(word):
+            pair_counts[left + right] += counts[i]
+            found_in[left + right].append(i)
+    table = _PairTable(token_counts, score, min_frequency)
+    table.update(pair_counts, pair_counts)
+    while len(tokens) < vocab_size and (pair := table.best()):
+        left, right = pair[0], pair[1]
+        token = _joined(tokens[ord(left)], tokens[ord(right)], prefix)
+        if id_of.setdefault(token, len(tokens)) == len(tokens):
+            tokens.append(token)
+        merged = chr(id_of[token])
+        changes: dict[str, int] = defaultdict(int)
+        n_merged = 0
+        for i in dict.fromkeys(found_in.pop(pair)):
+            word, count, end = words[i], counts[i], 0
+            while (at := word.find(pair, end)) >= 0:
+                n_merged += count
+                if at > 0:
+                    before = word[at - 1] if at > end else merged
+                    changes[before + left] -= count
+                    changes[before + merged] += count
+                    found_in[before + merged].append(i)
+                end = at + 2
+                if after := word[end : end + 1]:
+                    changes[right + after] -= count
+                    changes[merged + after] += count
+                    found_in[merged + after].append(i)
+            if end > 0:  # else the word has lost the pair to another merge since it was found there
+                words[i] = word.replace(pair, merged)
+        changes[pair] -= n_merged
+        for token_id, change in ((left, -n_merged), (right, -n_merged), (merged, n_merged)):
+            token_counts[ord(token_id)] += change
+        for changed, change in changes.items():
+            pair_counts[changed] += change
+        table.update(changes, pair_counts)
+    return tokens
+
+
+class _PairTable:
+    """The pairs that may be merged, in arrays without gaps, and which of them is best.
+
+    Args:
+        token_counts: How often each token occurs, by id; whoever owns it keeps it up to date.
+        score: "likelihood" or "frequency".
+        min_frequency: Pairs that occur less often are not kept.
+    """
+
+    def __init__(self, token_counts: npt.NDArray[np.int64], score: Score, min_frequency: int) -> None:
+        self._token_counts, self._score, self._min_frequency = token_counts, score, min_frequency
+        self._pairs: list[str] = []
+        self._row: dict[str, int] = {}
+        self._table = np.zeros((3, 1024), dtype=np.int64)  # left id, right id, count
+
+    def update(self, changed: Iterable[str], pair_counts: Mapping[str, int]) -> None:
+        """Enter the counts of the pairs that changed."""
+        for pair in changed:
+            row = self._row.get(pair)
+            if (count := pair_counts[pair]) >= self._min_frequency:
+                if row is None:
+                    row = self._row[pair] = len(self._pairs)
+                    self._pairs.append(pair)
+                    if row == self._table.shape[1]:
+                        self._table = np.concatenate([self._table, np.zeros_like(self._table)], axis=1)
+                    self._table[:, row] = ord(pair[0]), ord(pair[1]), count
+                else:
+                    self._table[2, row] = count
+            elif row is not None:
+                last = self._pairs.pop()
+                if last != pair:
+                    self._pairs[row], self._row[last] = last, row
+                    self._table[:, row] = self._table[:, len(self._pairs)]
+                del self._row[pair]
+
+    def best(self) -> str:
+        """The pair with the highest score, by the rule of `learn_wordpiece_plain`; an empty string if there is none.
+
+        Floating point finds the few that may be best; integers decide, so that no tie is broken by rounding. Two
+        different fractions with denominators below 2^64 are more than 2^-128 apart, so that after multiplication by
+        2^128 their integer parts differ.
+        """
+        if not self._pairs:
+            return ""
+        left, right, count = self._table[:, : len(self._pairs)]
+        if self._score == "frequency":
+            near = np.flatnonzero(count == count.max())
+            return self._pairs[min(near.tolist(), key=lambda row: (left[row], right[row]))]
+        frequency = self._token_counts.astype(np.float64)
+        scores = count / (frequency[left] * frequency[right])
+        near = np.flatnonzero(scores >= scores.max() * (1 - 2.0**-50))
+        if len(near) == 1:
+            return self._pairs[near[0]]
+        left, right, count = self._table[:, near]
+        exact = zip(
+            count.tolist(),
+            self._token_counts[left].tolist(),
+            self._token_counts[right].tolist(),
+            left,
+            right,
+            near,
+            strict=True,
+        )
+        keys = [(-((n << 128) // (f * g)), -n, a, b, row) for n, f, g, a, b, row in exact]
+        return self._pairs[min(keys)[-1]]
+
+
+def _joined(left: str, right: str, prefix: str) -> str:
+    """How the token is spelled that two neighbours become: `h` and `##u` make `hu`, `##u` and `##g` make `##ug`."""
+    return left + right.removeprefix(prefix)
+
+
+def _spell(word: str, id_of: Mapping[str, int], prefix: str) -> list[int]:
+    known = [(at, character) for at, character in enumerate(word) if character in id_of]
+    return [id_of[prefix + character if at > 0 else character] for at, character in known]
+
+
+def _merge_pair(ids: Sequence[int], pair: Pair, merged: int) -> list[int]:
+    out: list[int] = []
+    at = 0
+    while at < len(ids):
+        found = tuple(ids[at : at + 2]) == pair
+        out.append(merged if found else ids[at])
+        at += 2 if found else 1
+    return out
