@@ -14,6 +14,12 @@ must give equal merges and equal ids. tiktoken cannot train; it is given the voc
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
+    del sys.path[0]  # where tokenizers.py, which stands beside this file, would hide the library of that name
+
 import argparse
 import itertools
 import json
@@ -22,12 +28,10 @@ import os
 import platform
 import resource
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import psutil

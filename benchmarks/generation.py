@@ -9,6 +9,12 @@ sides' greedy output must be equal before anything is timed; what is timed is sa
 Prints a table and one JSON line.
 """
 
+import sys
+from pathlib import Path
+
+if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
+    del sys.path[0]  # where tokenizers.py, which stands beside this file, would hide the library of that name
+
 import argparse
 import json
 import os
@@ -16,7 +22,6 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import transformers

@@ -15,6 +15,12 @@ context 64, batch 12, no dropout, no biases. The text's content does not change 
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
+    del sys.path[0]  # where tokenizers.py, which stands beside this file, would hide the library of that name
+
 import argparse
 import json
 import math
@@ -25,7 +31,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import numpy as np
