@@ -135,8 +135,10 @@ class Lattice:
                     break
                 score = node.score
                 if score is not None:
-                    # With float32, an unrounded sum is held against a rounded one: so does the encoder it follows.
                     score += here
+                    if float32:
+                        rounded[0] = score
+                        score = rounded[0]
                     if score > best[end]:
                         runner_up[end] = best[end]
                         best[end] = score
