@@ -1,0 +1,296 @@
+"""SentencePiece's normalization: a compiled map from short strings to what replaces them.
+
+A `.model` file carries its normalization (NFKC with changes, mostly) as a table of some ten thousand rules, so that no
+two programs can disagree about a version of Unicode. The table is one block of bytes:
+
+    size of the trie in bytes (4 bytes, little-endian) | trie | replacements, each ended by a zero byte
+
+The trie is a "double array" (Aoe, "An efficient digital search algorithm by using a double-array structure", 1989) as
+the library Darts-clone lays it out: 32-bit units, each a state. From state s, byte b leads to t = s xor offset(s) xor b
+if the unit at t is labelled b; a state in which a rule ends has its value, the place of the replacement, at
+s xor offset(s).
+
+There are two readings of such a table. SentencePiece replaces, at each place from left to right, the longest rule that
+matches. The `tokenizers` library ("Precompiled" in a tokenizer.json) goes from grapheme to grapheme: one of less than
+six bytes is replaced as a whole by what the *shortest* rule at its start says, else each of its characters is replaced
+by itself. The two differ where a rule is followed by a combining mark: "ﬁ" + acute accent is "fí" to one and "fi" to
+the other.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+import struct
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import regex
+
+from minillm.tokenizers.aligned_text import AlignedText
+
+CACHE_SIZE = 1 << 14
+CACHE_LENGTH = 32
+MAX_STEPS = 1 << 20  # those of nmt_nfkc_cf are some ten thousand
+_ROOT = 0
+_LABEL = 0x800000FF  # of a value, the highest bit is set: it is nobody's label
+_ENDS = 0x100
+_VALUE = 0x7FFFFFFF
+_GRAPHEMES = regex.compile(r"\X")
+# Only where both neighbours are ASCII is it certain, without looking further, that an ASCII character is a grapheme.
+_NOT_PLAIN = r"(?:\r\n|[\0-\x7f])?(?:[^\0-\x7f]+(?:\r\n|[\0-\x7f])?)+|\r\n"
+
+
+class CharacterMap:
+    """A compiled normalization, as a normalizer.
+
+    Args:
+        compiled: The block of bytes, as in a `.model` file; empty for a map that changes nothing.
+        by_grapheme: Read it as `tokenizers` does rather than as SentencePiece does.
+        protected: Texts that stay as they are where they occur (the longest first), before any rule is looked at:
+            SentencePiece's user-defined symbols. Not for reading by grapheme.
+
+    Raises:
+        ValueError: The block is damaged.
+    """
+
+    def __init__(self, compiled: bytes, *, by_grapheme: bool = False, protected: Iterable[str] = ()) -> None:
+        if by_grapheme and protected:
+            raise ValueError("protected must be empty when reading by grapheme")
+        self.compiled = compiled
+        self.by_grapheme = by_grapheme
+        self._cache: dict[str, str] = {}
+        self._trie: DoubleArrayTrie | None = None
+        self._replacements = b""
+        if compiled:
+            self._trie, self._replacements = _read(compiled)
+        protected = sorted(protected, key=len, reverse=True)
+        self._protected = re.compile("|".join(map(re.escape, protected)) or r"(?!)")
+        if self._trie is None:
+            self._pattern = None
+        elif by_grapheme:
+            self._pattern = re.compile("|".join(filter(None, [_NOT_PLAIN, _one_of(self._trie.single)])))
+        else:
+            self._pattern = re.compile(_runs(self._trie, protected))
+
+    def __call__(self, text: str) -> str:
+        """The normalized text."""
+        return self._pattern.sub(self._normalized, text) if self._pattern else text
+
+    def align(self, text: AlignedText) -> AlignedText:
+        """The same, with the origin of each character.
+
+        SentencePiece says that all of a replacement comes from all of what was replaced. `tokenizers` pairs the
+        characters of both one by one; what is left of the replacement comes from the last one replaced.
+        """
+        if self._pattern is None:
+            return text
+        characters: list[str] = []
+        starts: list[int] = []
+        ends: list[int] = []
+        for start, end, replacement in self._steps(self._pattern, text.text):
+            characters.append(replacement)
+            if replacement == text.text[start:end]:
+                starts += text.starts[start:end]
+                ends += text.ends[start:end]
+            elif self.by_grapheme:
+                origins = [min(start + n, end - 1) for n in range(len(replacement))]
+                starts += [text.starts[origin] for origin in origins]
+                ends += [text.ends[origin] for origin in origins]
+            else:
+                starts += [text.starts[start]] * len(replacement)
+                ends += [text.ends[end - 1]] * len(replacement)
+        return AlignedText("".join(characters), starts, ends)
+
+    def to_json(self) -> dict[str, Any]:
+        """The "Precompiled" normalizer of a tokenizer.json, which is always read by grapheme."""
+        return {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(self.compiled).decode()}
+
+    @classmethod
+    def from_json(cls, part: Mapping[str, Any]) -> CharacterMap:
+        """From the "Precompiled" normalizer of a tokenizer.json; ValueError if it is damaged."""
+        encoded = part.get("precompiled_charsmap")
+        if not isinstance(encoded, str):
+            raise ValueError(f"normalizer Precompiled must have a string 'precompiled_charsmap', got {encoded!r:.80}")
+        try:
+            return cls(base64.b64decode(encoded, validate=True), by_grapheme=True)
+        except binascii.Error as error:
+            raise ValueError(f"normalizer Precompiled: precompiled_charsmap is not base64: {error}") from None
+
+    def _normalized(self, match: re.Match[str]) -> str:
+        text = match.group()
+        known = self._cache.get(text)
+        if known is None:
+            walk = self._walk_graphemes if self.by_grapheme else self._walk
+            known = "".join([replacement for _, _, replacement in walk(text)])
+            if len(text) <= CACHE_LENGTH:
+                if len(self._cache) >= CACHE_SIZE:
+                    self._cache.clear()
+                self._cache[text] = known
+        return known
+
+    def _steps(self, pattern: re.Pattern[str], text: str) -> Iterator[tuple[int, int, str]]:
+        """(start, end, replacement of text[start:end]), from the first character to the last."""
+        at = 0
+        walk = self._walk_graphemes if self.by_grapheme else self._walk
+        for match in pattern.finditer(text):
+            if at < match.start():
+                yield at, match.start(), text[at : match.start()]
+            at = match.start()
+            yield from ((at + start, at + end, replacement) for start, end, replacement in walk(match.group()))
+            at = match.end()
+        if at < len(text):
+            yield at, len(text), text[at:]
+
+    def _walk(self, text: str) -> Iterator[tuple[int, int, str]]:
+        """SentencePiece's reading: a protected text, or the longest rule, or the character itself."""
+        at = 0
+        while at < len(text):
+            end, replacement = at + 1, text[at]
+            if protected := self._protected.match(text, at):
+                end, replacement = protected.end(), protected.group()
+            elif rules := self._rules_at(text[at:]):
+                length, replacement = rules[-1]
+                end = at + length
+            yield at, end, replacement
+            at = end
+
+    def _walk_graphemes(self, text: str) -> Iterator[tuple[int, int, str]]:
+        """The reading of `tokenizers`: a short grapheme as a whole, others character by character."""
+        for match in _GRAPHEMES.finditer(text):
+            at, end = match.span()
+            if len(match.group().encode()) < 6 and (rules := self._rules_at(match.group())):
+                yield at, end, rules[0][1]
+                continue
+            for n, character in enumerate(match.group(), at):
+                rules = self._rules_at(character)
+                yield n, n + 1, rules[0][1] if rules else character
+
+    def _rules_at(self, text: str) -> list[tuple[int, str]]:
+        """(length in characters, replacement) of the rules with which a text begins, the shortest first."""
+        if self._trie is None:
+            return []
+        data = text.encode()
+        return [
+            (len(data[:length].decode()), self._replacements[value : self._replacements.index(b"\0", value)].decode())
+            for length, value in self._trie.prefixes(data)
+        ]
+
+
+def _read(compiled: bytes) -> tuple[DoubleArrayTrie, bytes]:
+    """The trie and the replacements of a compiled map; ValueError if they do not fit together."""
+    size = int.from_bytes(compiled[:4], "little")
+    if not 4 <= size <= len(compiled) - 4:
+        raise ValueError(f"character map: its trie must have 4 to {len(compiled) - 4} bytes, got {size}")
+    replacements = compiled[4 + size :]
+    try:
+        replacements.decode()
+        trie = DoubleArrayTrie(compiled[4 : 4 + size])
+    except ValueError as error:
+        raise ValueError(f"character map: {error}") from None
+    for value in trie.values:
+        rest = replacements[value : value + 1]
+        if not rest or 0x80 <= rest[0] < 0xC0 or b"\0" not in replacements[value:]:
+            raise ValueError(f"character map: there is no replacement at {value}")
+    return trie, replacements
+
+
+class DoubleArrayTrie:
+    """The trie of a compiled map: from the UTF-8 bytes of a text to a number.
+
+    Args:
+        units: Its states and values, four bytes each.
+
+    Raises:
+        ValueError: The size is not a multiple of 4, a value lies outside, a text in it is not UTF-8, or it is too big.
+    """
+
+    def __init__(self, units: bytes) -> None:
+        if not units or len(units) % 4:
+            raise ValueError(f"a trie must have a multiple of 4 bytes, got {len(units)}")
+        self._units = struct.unpack(f"<{len(units) // 4}I", units)
+        # What leads from a state with base = s xor offset(s) by byte b is at base xor b: whoever is labelled b knows
+        # its base. No text in a trie has a zero byte.
+        self._leading_from: dict[int, list[tuple[int, int]]] = defaultdict(list)
+        for state, unit in enumerate(self._units):
+            if 0 < (byte := unit & _LABEL) < 256:
+                self._leading_from[state ^ byte].append((byte, state))
+        self.single: set[str] = set()
+        self.first: set[str] = set()
+        self.following: set[str] = set()
+        self.values: set[int] = set()
+        self._read_alphabet()
+
+    def prefixes(self, text: bytes) -> Iterator[tuple[int, int]]:
+        """(length, value) of each text of the trie with which `text` begins, the shortest first."""
+        units = self._units
+        state = _ROOT
+        for length, byte in enumerate(text, 1):
+            state ^= _offset(units[state]) ^ byte
+            if state >= len(units) or units[state] & _LABEL != byte:
+                return
+            if units[state] & _ENDS:
+                yield length, units[state ^ _offset(units[state])] & _VALUE
+
+    def _read_alphabet(self) -> None:
+        """Find the characters that are a text, that begin a longer one, and that follow in one."""
+        pending = [_ROOT]
+        seen = {_ROOT}  # like ends of texts are stored once: several ways may lead to one state
+        steps = 0
+        while pending:
+            state = pending.pop()
+            for character, after in self._characters_from(state, b""):
+                if (steps := steps + 1) > MAX_STEPS:
+                    raise ValueError(f"a trie must have at most {MAX_STEPS} steps from character to character")
+                if state != _ROOT:
+                    self.following.add(character)
+                elif self._units[after] & _ENDS:
+                    self.single.add(character)
+                if state == _ROOT and self._leading_from.get(after ^ _offset(self._units[after])):
+                    self.first.add(character)
+                if after not in seen:
+                    seen.add(after)
+                    pending.append(after)
+
+    def _characters_from(self, state: int, begun: bytes) -> Iterator[tuple[str, int]]:
+        for byte, after in self._leading_from.get(state ^ _offset(self._units[state]), ()):
+            character = begun + bytes([byte])
+            unit = self._units[after]
+            try:
+                whole = character.decode()
+            except UnicodeDecodeError as error:
+                if error.reason != "unexpected end of data" or unit & _ENDS:
+                    raise ValueError(f"a text of the trie has {character!r}, which is not UTF-8") from None
+                yield from self._characters_from(after, character)
+                continue
+            if unit & _ENDS:
+                if (at := after ^ _offset(unit)) >= len(self._units):
+                    raise ValueError("a value lies outside the trie")
+                self.values.add(self._units[at] & _VALUE)
+            yield whole, after
+
+
+def _offset(unit: int) -> int:
+    """Bits 10 to 31 of a unit; if bit 9 is set, times 256."""
+    return (unit >> 10) << ((unit & 0x200) >> 6)
+
+
+def _one_of(characters: Iterable[str]) -> str:
+    """A pattern for one of the characters; the empty pattern if there are none."""
+    ordered = sorted(set(characters))
+    return f"[{''.join(map(re.escape, ordered))}]" if ordered else ""
+
+
+def _runs(trie: DoubleArrayTrie, protected: list[str]) -> str:
+    """A pattern whose matches hold every place at which a rule or a protected text begins, and each of these entirely.
+
+    A text of several characters begins with one of few and goes on with some of few (combining marks, mostly). None
+    reaches beyond a run of the latter, so that runs can be looked at one by one.
+    """
+    single = trie.single | {text for text in protected if len(text) == 1}
+    first = trie.first | {text[0] for text in protected if len(text) > 1}
+    following = trie.following | {character for text in protected for character in text[1:]}
+    several = f"{_one_of(first)}{_one_of(following)}+" if first and following else ""
+    return "|".join(filter(None, [several, _one_of(single)])) or r"(?!)"
