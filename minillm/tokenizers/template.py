@@ -247,7 +247,7 @@ def template_from_json(part: Any) -> Template | None:
             template = Template()
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"post_processor {step['type']}: something is missing or of a wrong type: {error!r}") from None
-    trims = kinds[0] in ("ByteLevel", "RobertaProcessing") and steps[0].get("trim_offsets", True) is not False
+    trims = kinds[0] in ("ByteLevel", "RobertaProcessing") and bool(steps[0].get("trim_offsets", True))
     if kinds == ["ByteLevel"] and not trims:
         return None
     return Template(
