@@ -1,0 +1,100 @@
+"""Spaces as symbols: SentencePiece's `▁`, which makes a text and its tokens, put end to end, the same.
+
+    Hello  world  ->  ▁Hello ▁ ▁world
+
+Source: Kudo and Richardson, "SentencePiece" (2018), section 3.1; as Hugging Face's `tokenizers` has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal, get_args
+
+from minillm.tokenizers.aligned_text import AlignedText
+from minillm.tokenizers.piece_pattern import BLOCK_LENGTH
+
+PrependScheme = Literal["always", "first", "never"]
+
+
+class Metaspace:
+    """Makes each space a visible symbol, and cuts in front of it.
+
+    Args:
+        replacement: The symbol; one that is in the text already counts as a space.
+        prepend_scheme: Whether a text that does not begin with a space gets one: "always", also behind a special
+            token, "first", only where the user's text begins, "never".
+        split: False does not cut: the whole text is one piece.
+
+    Raises:
+        ValueError: `replacement` is not one character other than a space, or `prepend_scheme` is unknown.
+    """
+
+    def __init__(self, replacement: str = "▁", prepend_scheme: PrependScheme = "always", split: bool = True) -> None:
+        if not isinstance(replacement, str) or len(replacement) != 1 or replacement == " ":
+            raise ValueError(f"replacement must be one character other than a space, got {replacement!r}")
+        if prepend_scheme not in get_args(PrependScheme):
+            known = ", ".join(map(repr, get_args(PrependScheme)))
+            raise ValueError(f"prepend_scheme must be one of {known}, got {prepend_scheme!r}")
+        self.replacement = replacement
+        self.prepend_scheme = prepend_scheme
+        self.splits = split
+
+    def split(self, text: str, block_length: int = BLOCK_LENGTH, *, at_start: bool = True) -> Iterator[list[str]]:
+        """Yield the pieces of `text` in order, those of a block at a time.
+
+        Args:
+            text: Any text.
+            block_length: About how many characters a block has.
+            at_start: Whether `text` begins where the user's text does.
+        """
+        if not text:
+            return
+        text = text.replace(self.replacement, " ")
+        prefix = self._prefix(text, at_start)
+        if not self.splits:
+            yield [prefix + text.replace(" ", self.replacement)]
+            return
+        start = 0
+        while start < len(text):
+            end = text.find(" ", start + max(block_length, 1))
+            end = len(text) if end < 0 else end
+            # In front of each symbol stands a space now, and nowhere else.
+            pieces = text[start:end].replace(" ", " " + self.replacement).split(" ")
+            pieces[0] = prefix + pieces[0]
+            yield pieces if pieces[0] else pieces[1:]
+            prefix = ""
+            start = end
+
+    def _prefix(self, text: str, at_start: bool) -> str:
+        prepends = self.prepend_scheme == "always" or (self.prepend_scheme == "first" and at_start)
+        return self.replacement if prepends and text[0] != " " else ""
+
+    def align(self, text: AlignedText, *, at_start: bool | None = None) -> list[AlignedText]:
+        """The same pieces, and where their characters come from; a symbol put in front, from the first character.
+
+        Args:
+            text: Any text.
+            at_start: Whether `text` begins where the user's text does; None: if its first character comes from there.
+        """
+        if not text.text:
+            return []
+        if at_start is None:
+            at_start = text.starts[0] == 0
+        if prefix := self._prefix(text.text.replace(self.replacement, " "), at_start):
+            text = AlignedText(prefix + text.text, [text.starts[0], *text.starts], [text.ends[0], *text.ends])
+        text = AlignedText(text.text.replace(" ", self.replacement), text.starts, text.ends)
+        pieces = []
+        start = 0
+        while self.splits and (end := text.text.find(self.replacement, start + 1)) > 0:
+            pieces.append(text.slice(start, end))
+            start = end
+        return [*pieces, text.slice(start, len(text.text))]
+
+    def to_json(self) -> dict[str, Any]:
+        """Its part of a tokenizer.json."""
+        return {
+            "type": "Metaspace",
+            "replacement": self.replacement,
+            "prepend_scheme": self.prepend_scheme,
+            "split": self.splits,
+        }

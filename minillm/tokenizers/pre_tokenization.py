@@ -1,0 +1,276 @@
+"""Pre-tokenization: cutting a text into pieces that no token will reach across.
+
+    It's 12 o'clock.  ->  Whitespace            It ' s 12 o ' clock .
+                          Digits(True)          It's_ 1 2 _o'clock.           (_ stands for a space here)
+                          Metaspace             ▁It's ▁12 ▁o'clock.
+                          GPT-2's pattern       It 's _12 _o ' clock .
+
+Words, numbers and punctuation kept apart make a vocabulary of parts of words, and let a tokenizer remember what it did
+to a piece: pieces repeat. Each pre-tokenizer gives the pieces of the one of that name in Hugging Face's `tokenizers`,
+and is written in a tokenizer.json as it is there.
+
+BERT's is in `bert_text`, SentencePiece's in `metaspace` and `unicode_scripts`, those of GPT in `split_patterns`.
+Classes of characters are those of the installed `regex` library, so that every Python gives the same.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Protocol
+
+import regex
+
+from minillm.tokenizers.aligned_text import AlignedText
+from minillm.tokenizers.bert_text import ASCII_PUNCTUATION, PUNCTUATION_CLASS, BertPreTokenizer
+from minillm.tokenizers.json_file import kind
+from minillm.tokenizers.json_options import read_options, read_parts
+from minillm.tokenizers.metaspace import Metaspace
+from minillm.tokenizers.piece_pattern import PiecePattern
+from minillm.tokenizers.split import BEHAVIORS, Split, check_behavior
+from minillm.tokenizers.split_patterns import SPLIT_PATTERNS
+from minillm.tokenizers.text_pattern import Regex, pattern_from_json
+from minillm.tokenizers.unicode_scripts import UnicodeScripts
+
+__all__ = [
+    "BertPreTokenizer",
+    "Digits",
+    "Metaspace",
+    "PreTokenizer",
+    "PreTokenizerSequence",
+    "Punctuation",
+    "Split",
+    "UnicodeScripts",
+    "Whitespace",
+    "WhitespaceSplit",
+    "pre_tokenizer_from_json",
+]
+
+
+class PreTokenizer(Protocol):
+    """A way of cutting text into pieces."""
+
+    def split(self, text: str, *, at_start: bool = True) -> Iterator[list[str]]:
+        """Yield the pieces of `text` in order, some at a time; `at_start`: it begins where the user's text does."""
+
+    def align(self, text: AlignedText, *, at_start: bool | None = None) -> list[AlignedText]:
+        """The same pieces, and where their characters come from; `at_start` None: if the first comes from there."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Its part of a tokenizer.json."""
+
+
+class Whitespace(PiecePattern):
+    r"""Words and what stands between them: the matches of ``\w+|[^\w\s]+``."""
+
+    def __init__(self) -> None:
+        ascii_pieces = re.compile(r"[A-Za-z0-9_]+|[^A-Za-z0-9_\t-\r ]+")
+        super().__init__(regex.compile(r"\w+|[^\w\s]+").findall, ascii_pieces.findall, r"[!-~](?= )")
+
+    def to_json(self) -> dict[str, Any]:
+        return {"type": "Whitespace"}
+
+
+class WhitespaceSplit(PiecePattern):
+    """What stands between white space."""
+
+    def __init__(self) -> None:
+        super().__init__(_split_at_white_space, _split_at_white_space, r"[!-~](?= )")
+
+    def to_json(self) -> dict[str, Any]:
+        return {"type": "WhitespaceSplit"}
+
+
+_SEPARATORS = re.compile(r"[\x1c-\x1f]")  # which are white space to Python, and not to Unicode
+_NO_WHITE_SPACE = regex.compile(r"\S+")
+
+
+def _split_at_white_space(text: str) -> list[str]:
+    return _NO_WHITE_SPACE.findall(text) if _SEPARATORS.search(text) else text.split()
+
+
+class _CharacterSplit(PiecePattern):
+    """Cuts at each character of a class, in one of the ways that `Split` has.
+
+    Args:
+        unicode_class, ascii_class: The class, as `regex` and as `re` write it between brackets. Letters and the space
+            are not in it.
+        behavior: See `Split`.
+    """
+
+    def __init__(self, unicode_class: str, ascii_class: str, behavior: str) -> None:
+        check_behavior(behavior)
+        pieces = {
+            "removed": "[^{0}]+",
+            "isolated": "[^{0}]+|[{0}]",
+            "contiguous": "[^{0}]+|[{0}]+",
+            "merged_with_previous": "[^{0}]+[{0}]?|[{0}]",
+            "merged_with_next": "[{0}]?[^{0}]+|[{0}]",
+        }[behavior]
+        super().__init__(
+            regex.compile(pieces.format(unicode_class)).findall,
+            re.compile(pieces.format(ascii_class)).findall,
+            f"[A-Za-z ](?=[{ascii_class}])" if behavior == "merged_with_next" else f"[{ascii_class}](?=[A-Za-z ])",
+        )
+
+
+class Punctuation(_CharacterSplit):
+    """Cuts at each punctuation character, as BERT understands punctuation (see `bert_text`).
+
+    Args:
+        behavior: What becomes of it, see `Split`.
+    """
+
+    def __init__(self, behavior: str = "isolated") -> None:
+        super().__init__(PUNCTUATION_CLASS, re.escape(ASCII_PUNCTUATION), behavior)
+        self.behavior = behavior
+
+    def to_json(self) -> dict[str, Any]:
+        return {"type": "Punctuation", "behavior": BEHAVIORS[self.behavior]}
+
+
+class Digits(_CharacterSplit):
+    """Cuts between numbers and all else; a number is made of Unicode's digits, fractions, Roman numerals and so on.
+
+    Args:
+        individual_digits: Also cuts between digits, so that all numbers are spelled in the same way.
+    """
+
+    def __init__(self, individual_digits: bool = False) -> None:
+        super().__init__(r"\p{N}", "0-9", "isolated" if individual_digits else "contiguous")
+        self.individual_digits = individual_digits
+
+    def to_json(self) -> dict[str, Any]:
+        return {"type": "Digits", "individual_digits": self.individual_digits}
+
+
+class PreTokenizerSequence:
+    """Several pre-tokenizers: each cuts the pieces that the one before it made."""
+
+    def __init__(self, pre_tokenizers: Iterable[PreTokenizer]) -> None:
+        self.pre_tokenizers = list(pre_tokenizers)
+        # Others than the first must know where a piece begins only if they treat the begin of the text in another way.
+        self._needs_places = any(_treats_start_apart(step) for step in self.pre_tokenizers[1:])
+
+    def split(self, text: str, *, at_start: bool = True) -> Iterator[list[str]]:
+        if self._needs_places:
+            yield [piece.text for piece in self.align(AlignedText.of(text), at_start=at_start)]
+        else:
+            yield from self._split(text, self.pre_tokenizers, at_start)
+
+    def _split(self, text: str, steps: list[PreTokenizer], at_start: bool) -> Iterator[list[str]]:
+        if not steps:
+            yield [text] if text else []
+            return
+        for block in steps[0].split(text, at_start=at_start):
+            for step in steps[1:]:
+                block = [small for piece in block for part in step.split(piece, at_start=False) for small in part]
+            yield block
+
+    def align(self, text: AlignedText, *, at_start: bool | None = None) -> list[AlignedText]:
+        if not text.text:
+            return []
+        if at_start is None:
+            at_start = text.starts[0] == 0
+        pieces = [text]
+        for step in self.pre_tokenizers:
+            cut = []
+            for i, piece in enumerate(pieces):
+                begins = at_start and i == 0 and piece.starts[0] == text.starts[0]
+                cut += step.align(piece, at_start=begins)
+            pieces = cut
+        return pieces
+
+    def to_json(self) -> dict[str, Any]:
+        return {"type": "Sequence", "pretokenizers": [step.to_json() for step in self.pre_tokenizers]}
+
+
+def _treats_start_apart(step: PreTokenizer) -> bool:
+    if isinstance(step, PreTokenizerSequence):
+        return any(map(_treats_start_apart, step.pre_tokenizers))
+    return isinstance(step, Metaspace) and step.prepend_scheme == "first"
+
+
+def pre_tokenizer_from_json(part: Any) -> PreTokenizer | None:
+    """The pre-tokenizer that a part of a tokenizer.json describes; None for none.
+
+    Raises:
+        ValueError: It is of an unknown type, or has options that are unknown or have other values than they may.
+    """
+    if part is None:
+        return None
+    read = _READERS.get(kind(part) or "")
+    if read is None:
+        raise ValueError(f"pre_tokenizer must be one of {', '.join(_READERS)}, got {kind(part) or part!r}")
+    return read(part)
+
+
+def _read_plain(
+    pre_tokenizer: type[Whitespace | WhitespaceSplit | BertPreTokenizer | UnicodeScripts],
+) -> Callable[[Any], PreTokenizer]:
+    def read(part: Mapping[str, Any]) -> PreTokenizer:
+        read_options(part)
+        return pre_tokenizer()
+
+    return read
+
+
+def _read_punctuation(part: Mapping[str, Any]) -> PreTokenizer:
+    return Punctuation(_behavior(read_options(part, behavior=(str, "Isolated"))))
+
+
+def _behavior(options: dict[str, Any]) -> str:
+    names = {spelled: name for name, spelled in BEHAVIORS.items()}
+    if options["behavior"] not in names:
+        raise ValueError(f"behavior must be one of {', '.join(names)}, got {options['behavior']!r}")
+    return names[options["behavior"]]
+
+
+def _read_digits(part: Mapping[str, Any]) -> PreTokenizer:
+    return Digits(**read_options(part, individual_digits=(bool, False)))
+
+
+def _read_split(part: Mapping[str, Any]) -> PreTokenizer:
+    options = read_options(part, pattern=(dict,), behavior=(str,), invert=(bool, False))
+    pattern, behavior, invert = pattern_from_json(options["pattern"]), _behavior(options), options["invert"]
+    if isinstance(pattern, Regex) and (behavior, invert) == ("isolated", False):
+        for known in SPLIT_PATTERNS.values():
+            if pattern.pattern == known.published:
+                return known
+    return Split(pattern, behavior, invert=invert)
+
+
+def _read_character_split(part: Mapping[str, Any]) -> PreTokenizer:
+    return Split(read_options(part, delimiter=(str,))["delimiter"], "removed")
+
+
+def _read_metaspace(part: Mapping[str, Any]) -> PreTokenizer:
+    # Older files say add_prefix_space, and have str_rep, the symbol once more.
+    options = read_options(
+        part,
+        replacement=(str,),
+        prepend_scheme=(str, "always" if part.get("add_prefix_space", True) is True else "never"),
+        split=(bool, True),
+        add_prefix_space=(bool, True),
+        str_rep=(str, part.get("replacement")),
+    )
+    return Metaspace(options["replacement"], options["prepend_scheme"], options["split"])
+
+
+def _read_sequence(part: Mapping[str, Any]) -> PreTokenizer:
+    steps = map(pre_tokenizer_from_json, read_parts(part, "pretokenizers"))
+    return PreTokenizerSequence(step for step in steps if step is not None)
+
+
+_READERS: dict[str, Callable[[Any], PreTokenizer]] = {
+    "Whitespace": _read_plain(Whitespace),
+    "WhitespaceSplit": _read_plain(WhitespaceSplit),
+    "BertPreTokenizer": _read_plain(BertPreTokenizer),
+    "UnicodeScripts": _read_plain(UnicodeScripts),
+    "Punctuation": _read_punctuation,
+    "Digits": _read_digits,
+    "Split": _read_split,
+    "CharDelimiterSplit": _read_character_split,
+    "Metaspace": _read_metaspace,
+    "Sequence": _read_sequence,
+}
