@@ -245,8 +245,8 @@ def template_from_json(part: Any) -> Template | None:
             )
         else:
             template = Template()
-    except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"post_processor {step['type']}: something is missing or of a wrong type: {error!r}") from None
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"post_processor {step['type']} is incomplete or wrong: {error!r}") from None
     trims = kinds[0] in ("ByteLevel", "RobertaProcessing") and bool(steps[0].get("trim_offsets", True))
     if kinds == ["ByteLevel"] and not trims:
         return None
