@@ -2,7 +2,7 @@
 
 A word is spelled with its first character as it is and the others with a prefix: `hug` is `h ##u ##g`. Then, again and
 again, the pair of neighbouring tokens with the highest score becomes a token, `h ##u` becomes `hu`, until the
-vocabulary is full. Two scores, where freq counts occurrences in the words as they are spelled so far:
+vocabulary is full. There are two scores, where freq counts occurrences in the words as they are spelled so far:
 
     likelihood   freq(ab) / (freq(a) freq(b))
     frequency    freq(ab)
@@ -10,14 +10,12 @@ vocabulary is full. Two scores, where freq counts occurrences in the words as th
 The first is WordPiece's own. In a unigram model of N tokens, an occurrence of a and b has the likelihood
 freq(a)/N freq(b)/N, and once it is one token, freq(ab)/N: the score is, up to N, the factor that each merged occurrence
 gains. (Its logarithm is the pointwise mutual information of a and b.) It says nothing of how many occurrences there
-are, so tokens that are rare and always neighbours come first, and `min_frequency` decides how rare.
+are: tokens that are rare but always neighbours come first, and `min_frequency` decides how rare they may be.
 
 The second is byte pair encoding, and it is what the WordPieceTrainer of the Hugging Face `tokenizers` library computes:
-it trains BPE with the prefix and throws the merges away. Google's own learner was never published; the one that came
-with TensorFlow Text counts substrings from long to short instead of merging. From the same alphabet, `frequency` gives
-the vocabulary of `tokenizers`, id for id. Only, `tokenizers` numbers the prefixed characters in the order of a randomly
-seeded hash map, hence differently in every run, and with them the ties between equally frequent pairs; here they come
-by code point.
+it trains BPE with the prefix and keeps the tokens without the merges. (Google's own learner was not published; the one
+that came with TensorFlow Text counts substrings, from long to short, instead of merging.) From the same first tokens,
+"frequency" gives the vocabulary of `tokenizers`, id for id.
 
 `learn_wordpiece_plain` says what is computed; `learn_wordpiece` computes the same, quickly.
 
@@ -29,87 +27,13 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 from itertools import pairwise
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from minillm.tokenizers.merges import MAX_VOCAB_SIZE
-
 Score = Literal["likelihood", "frequency"]
 Pair = tuple[int, int]
-
-
-def learn_vocabulary(
-    word_counts: Mapping[str, int],
-    vocab_size: int,
-    *,
-    score: Score = "likelihood",
-    special_tokens: Sequence[str] = (),
-    prefix: str = "##",
-    min_frequency: int = 1,
-    initial_alphabet: Iterable[str] = (),
-    limit_alphabet: int | None = None,
-) -> list[str]:
-    """A vocabulary in the order of its ids: special tokens, characters, prefixed characters, then merges.
-
-    Args:
-        word_counts: How often each word (a piece of normalized text) occurs.
-        vocab_size: Number of tokens wanted. Fewer come out when no pair is left to merge.
-        score: "likelihood" or "frequency".
-        special_tokens: The first ids.
-        prefix: What a token begins with that continues a word.
-        min_frequency: Learn no token from a pair that occurs less often.
-        initial_alphabet: Characters to have even if no word does.
-        limit_alphabet: Keep only so many characters, the initial alphabet and the most frequent others.
-
-    Raises:
-        ValueError: No words; `vocab_size` does not hold the special tokens and the alphabet; another argument is out of
-            range; special tokens repeat.
-    """
-    if score not in get_args(Score):
-        raise ValueError(f"score must be one of {', '.join(map(repr, get_args(Score)))}, got {score!r}")
-    if min_frequency < 1:
-        raise ValueError(f"min_frequency must be at least 1, got {min_frequency}")
-    if not prefix:
-        raise ValueError("prefix must not be empty")
-    if limit_alphabet is not None and limit_alphabet < 1:
-        raise ValueError(f"limit_alphabet must be at least 1 or None, got {limit_alphabet}")
-    if len(set(special_tokens)) < len(special_tokens):
-        raise ValueError(f"special_tokens must differ from each other, got {list(special_tokens)!r}")
-    if not word_counts:
-        raise ValueError("texts must hold at least one word to learn from, got none")
-    alphabet = alphabet_of(word_counts, prefix=prefix, initial=initial_alphabet, limit=limit_alphabet)
-    tokens = list(dict.fromkeys([*special_tokens, *alphabet]))
-    if not len(tokens) <= vocab_size <= MAX_VOCAB_SIZE:
-        raise ValueError(
-            f"vocab_size must be from {len(tokens)} ({len(special_tokens)} special tokens and "
-            f"{len(tokens) - len(special_tokens)} characters, with and without {prefix!r}) to {MAX_VOCAB_SIZE}, "
-            f"got {vocab_size}"
-        )
-    return learn_wordpiece(word_counts, tokens, vocab_size, score=score, prefix=prefix, min_frequency=min_frequency)
-
-
-def alphabet_of(
-    word_counts: Mapping[str, int], *, prefix: str = "##", initial: Iterable[str] = (), limit: int | None = None
-) -> list[str]:
-    """The characters of the words, by code point, then with the prefix those that stand inside of a word.
-
-    Args:
-        word_counts: How often each word occurs.
-        prefix: What a token begins with that continues a word.
-        initial: Characters to have in any case; of a longer string the first.
-        limit: Keep so many characters, the initial and the most frequent; equally frequent ones by code point.
-    """
-    counts: Counter[str] = Counter()
-    for word, count in word_counts.items():
-        for character in word:
-            counts[character] += count
-    first = {text[:1] for text in initial}
-    by_frequency = sorted({*first, *counts}, key=lambda c: (c not in first, -counts[c], c))
-    kept = sorted(by_frequency[:limit])
-    inside = {character for word in word_counts for character in word[1:]}
-    return kept + [prefix + character for character in kept if character in inside]
 
 
 def learn_wordpiece_plain(
@@ -125,15 +49,17 @@ def learn_wordpiece_plain(
 
     Of the pairs that occur at least `min_frequency` times, the one with the highest score wins; of equal scores, the
     more frequent pair; of equally frequent ones, that with the smaller left id, then the smaller right id. In a run
-    such as "aaa", every neighbouring pair counts, and merging goes from left to right. A merge that spells a token which
-    is there already (a special token, say) becomes that token.
+    such as "aaa", every neighbouring pair counts, and merging goes from left to right. A merge that spells a token that
+    there is already (a special token, say) becomes that token.
 
     Args:
         word_counts: How often each word occurs.
-        tokens: The tokens to begin with, in the order of their ids. A word's character that is not among them is
-            passed over, as in `tokenizers`.
+        tokens: The tokens to begin with, in the order of their ids. A character that is not among them is passed over,
+            as in `tokenizers`; one that is, and stands inside of a word, must be there with the prefix as well.
         vocab_size: Stop when there are so many tokens, or no pair left.
-        score, prefix, min_frequency: See `learn_vocabulary`.
+        score: "likelihood" or "frequency".
+        prefix: What a token begins with that continues a word.
+        min_frequency: Merge no pair that occurs less often.
 
     Returns:
         The tokens in the order of their ids, `tokens` first.
@@ -274,24 +200,24 @@ class _PairTable:
         left, right, count = self._table[:, : len(self._pairs)]
         if self._score == "frequency":
             near = np.flatnonzero(count == count.max())
-            return self._pairs[min(near.tolist(), key=lambda row: (left[row], right[row]))]
-        frequency = self._token_counts.astype(np.float64)
-        scores = count / (frequency[left] * frequency[right])
-        near = np.flatnonzero(scores >= scores.max() * (1 - 2.0**-50))
-        if len(near) == 1:
-            return self._pairs[near[0]]
-        left, right, count = self._table[:, near]
-        exact = zip(
-            count.tolist(),
-            self._token_counts[left].tolist(),
-            self._token_counts[right].tolist(),
-            left,
-            right,
-            near,
-            strict=True,
-        )
-        keys = [(-((n << 128) // (f * g)), -n, a, b, row) for n, f, g, a, b, row in exact]
-        return self._pairs[min(keys)[-1]]
+        else:
+            frequency = self._token_counts.astype(np.float64)
+            scores = count / (frequency[left] * frequency[right])
+            near = np.flatnonzero(scores >= scores.max() * (1 - 2.0**-50))
+        keys = [
+            (-((n << 128) // (f * g)) if self._score == "likelihood" else -n, -n, a, b, row)
+            for n, f, g, a, b, row in zip(
+                count[near].tolist(),
+                self._token_counts[left[near]].tolist(),
+                self._token_counts[right[near]].tolist(),
+                left[near].tolist(),
+                right[near].tolist(),
+                near.tolist(),
+                strict=True,
+            )
+        ]
+        row: int = min(keys)[-1]
+        return self._pairs[row]
 
 
 def _joined(left: str, right: str, prefix: str) -> str:
