@@ -55,8 +55,8 @@ class Truncation:
         A text for which no room is left at all overflows in one stretch.
 
         Raises:
-            ValueError: The template alone is longer than `max_length`; a text that is to be cut would have to become
-                empty, or is not there; `stride` is not shorter than what stays of a text.
+            ValueError: The template alone is longer than `max_length`; of the text that "only_first" or "only_second"
+                cuts no token would stay, or it is not there; `stride` is not less than what stays of a text.
         """
         room = self.max_length - n_added
         if room < 0:
@@ -66,21 +66,19 @@ class Truncation:
             return first, second
         if second is None and self.strategy != "only_second":
             return self._cut(first, room), None
-        if self.strategy == "longest_first":
+        if second is not None and self.strategy == "longest_first":
             shorter = min(n_first, n_second, room // 2)
             longer = room - shorter
             n_first, n_second = (longer, shorter) if n_first > n_second else (shorter, longer)
-        elif self.strategy == "only_first":
-            n_first = room - n_second
-        else:
-            n_second = room - n_first
-        if second is None or (self.strategy != "longest_first" and min(n_first, n_second) < 1):
-            number = "first" if self.strategy == "only_first" else "second"
-            raise ValueError(
-                f"strategy {self.strategy!r} cannot make {len(first)} and {len(second or ())} tokens fit into {room}: "
-                f"there must be a {number} text of which at least one token stays"
-            )
-        return self._cut(first, n_first), self._cut(second, n_second)
+            return self._cut(first, n_first), self._cut(second, n_second)
+        if second is not None and self.strategy == "only_first" and room > n_second:
+            return self._cut(first, room - n_second), second
+        if second is not None and self.strategy == "only_second" and room > n_first:
+            return first, self._cut(second, room - n_first)
+        raise ValueError(
+            f"strategy {self.strategy!r} must leave at least one token of the text that it cuts; this text has "
+            f"{n_first} tokens, its pair {n_second}, and there is room for {room} in all"
+        )
 
     def _cut(self, encoding: Encoding, length: int) -> Encoding:
         """The first (or last) `length` tokens; the others overflow."""

@@ -212,7 +212,7 @@ def test_templates_that_cannot_be(single: str, pair: str, special_tokens: Any, m
         ({"type": "Sequence"}, "got {'type': 'Sequence'}"),
         ({"type": "Sequence", "processors": []}, "got {'type'"),
         ({"type": "Sequence", "processors": [{"type": "ByteLevel"}] * 2}, r"got \['ByteLevel', 'ByteLevel'\]"),
-        ({"type": "BertProcessing"}, "BertProcessing: is incomplete or wrong: KeyError"),
+        ({"type": "BertProcessing"}, "BertProcessing is incomplete or wrong: KeyError"),
         ({"type": "BertProcessing", "cls": ["a"], "sep": ["b", 1]}, "BertProcessing is incomplete or wrong"),
         ({"type": "BertProcessing", "cls": [1, 1], "sep": ["b", 1]}, "BertProcessing is incomplete or wrong"),
         ({"type": "RobertaProcessing", "cls": ["a", "1"], "sep": ["b", 1]}, "RobertaProcessing is incomplete or wrong"),
