@@ -10,23 +10,25 @@ Source: Radford et al., "Language models are unsupervised multitask learners" (G
 
 from __future__ import annotations
 
-import re
-from collections import Counter
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from itertools import chain
+from collections.abc import Container, Iterable, Mapping, Sequence
+from itertools import accumulate, pairwise
 from operator import index
 from pathlib import Path
+from typing import Any, Self
 
-from minillm.tokenizers import tokenizer_json
+from minillm.tokenizers.added_tokens import AddedToken
+from minillm.tokenizers.byte_alphabet import BYTE_ALPHABET, spell, spells_itself, unspell
+from minillm.tokenizers.byte_bpe_files import decoder_json, model_json, pre_tokenizer_json, read_gpt2_files, read_parts
 from minillm.tokenizers.merges import MAX_VOCAB_SIZE, MergeTable, Pair, learn_merges
+from minillm.tokenizers.normalization import Normalizer
+from minillm.tokenizers.padding import Padding
 from minillm.tokenizers.split_patterns import split_pattern
+from minillm.tokenizers.template import Template
+from minillm.tokenizers.tokenizer import Tokenizer, check_text, count_pieces
+from minillm.tokenizers.truncation import Truncation
 
-# Pieces repeat: ten megabytes of Python source hold 2.5 million of them, but only 44 thousand different ones.
-CACHE_PIECES = 1 << 17
-CACHE_PIECE_LENGTH = 128
 
-
-class ByteBPETokenizer:
+class ByteBPETokenizer(Tokenizer):
     """A byte-level BPE tokenizer, made by `train`, `load` or `from_gpt2_files`.
 
     Ids of a trained one: special tokens first, then the 256 bytes in the order of GPT-2's byte alphabet, then merges.
@@ -35,7 +37,9 @@ class ByteBPETokenizer:
         vocabulary: The bytes of each token -> its id; all 256 single bytes among them.
         merges: Pairs of tokens' bytes, in the order in which they are applied.
         pattern: "gpt2" or "gpt4", see `split_patterns`.
-        special_tokens: Text -> id of tokens that are never split and never merged.
+        special_tokens: Text -> id of tokens that are never split and never merged, or `AddedToken`s.
+        ignore_merges: A piece that is a token as a whole is that token, even if no merges lead to it (Llama 3).
+        normalizer, template, truncation, padding: As for every `Tokenizer`; GPT models have none of them.
 
     Raises:
         ValueError: A byte, or a part or the result of a merge, has no id; an id is out of range or used twice; a
@@ -48,19 +52,28 @@ class ByteBPETokenizer:
         merges: Iterable[tuple[bytes, bytes]],
         *,
         pattern: str = "gpt2",
-        special_tokens: Mapping[str, int] | None = None,
+        special_tokens: Mapping[str, int] | Iterable[AddedToken] = (),
+        ignore_merges: bool = False,
+        normalizer: Normalizer | None = None,
+        template: Template | None = None,
+        truncation: Truncation | None = None,
+        padding: Padding | None = None,
     ) -> None:
         self._split = split_pattern(pattern)
+        super().__init__(
+            {spell(token): i for token, i in vocabulary.items()},
+            normalizer=normalizer,
+            pre_tokenizer=self._split,
+            special_tokens=special_tokens,
+            template=template,
+            truncation=truncation,
+            padding=padding,
+        )
         self._ids = dict(vocabulary)
-        self._special_tokens = dict(special_tokens or {})
-        _check_special_tokens(self._special_tokens, self._ids)
-        self._bytes: dict[int, bytes] = {}
-        named = [*self._ids.items(), *((text.encode(), i) for text, i in self._special_tokens.items())]
-        for token, i in named:
-            if not 0 <= i < MAX_VOCAB_SIZE:
-                raise ValueError(f"token {token!r} has id {i}, which is not in 0 .. {MAX_VOCAB_SIZE - 1}")
-            if self._bytes.setdefault(i, token) != token:
-                raise ValueError(f"token {token!r} has id {i}, which belongs to another token")
+        self._ignore_merges = ignore_merges
+        _check_special_tokens([added.text for added in self._added], self._ids)
+        self._bytes = {i: token for token, i in self._ids.items()}
+        self._bytes |= {added.id: added.text.encode() for added in self._added}
         missing = [byte for byte in range(256) if bytes([byte]) not in self._ids]
         if missing:
             raise ValueError(f"vocabulary must hold all 256 single bytes; missing: {', '.join(map(hex, missing))}")
@@ -74,9 +87,6 @@ class ByteBPETokenizer:
             self._merges.pop(pair, None)  # of two equal merges the later one counts
             self._merges[pair] = self._ids[left + right]
         self._merge_table = MergeTable(self._merges)
-        longest_first = sorted(self._special_tokens, key=len, reverse=True)
-        self._special_cuts = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
-        self._cache = _PieceCache(self._encode_piece)
 
     @classmethod
     def train(
@@ -87,7 +97,8 @@ class ByteBPETokenizer:
         pattern: str = "gpt2",
         special_tokens: Sequence[str] = (),
         min_frequency: int = 1,
-    ) -> ByteBPETokenizer:
+        normalizer: Normalizer | None = None,
+    ) -> Self:
         """Learn a vocabulary from texts, which are read one after the other and not kept.
 
         Args:
@@ -97,22 +108,21 @@ class ByteBPETokenizer:
             pattern: "gpt2" or "gpt4".
             special_tokens: Such as ["<|endoftext|>"]; they get the ids 0, 1, ...
             min_frequency: Learn no token from a pair that occurs less often.
+            normalizer: Changes each text first.
 
         Raises:
             TypeError: `texts` is one string, or holds something else than strings.
             ValueError: `vocab_size` or `min_frequency` is out of range, the pattern unknown, a text has a lone
                 surrogate, a special token is empty, twice there or spelled like a byte.
         """
-        if isinstance(texts, str):
-            raise TypeError("texts must be an iterable of documents, got one str; for a single document pass [text]")
         split = split_pattern(pattern)
         special = {text: i for i, text in enumerate(special_tokens)}
         if len(special) < len(special_tokens):
             raise ValueError(f"special_tokens must differ from each other, got {list(special_tokens)!r}")
-        _check_special_tokens(special, tokenizer_json.BYTE_ALPHABET)
+        _check_special_tokens(special, BYTE_ALPHABET)
         # A special token that files would spell like a learned token is that token; no merge spells the others.
-        tokens = [text.encode() if tokenizer_json.spells_itself(text) else b"" for text in special]
-        tokens += [byte for byte in tokenizer_json.BYTE_ALPHABET if byte not in tokens]
+        tokens = [text.encode() if spells_itself(text) else b"" for text in special]
+        tokens += [byte for byte in BYTE_ALPHABET if byte not in tokens]
         if not len(tokens) <= index(vocab_size) <= MAX_VOCAB_SIZE:
             raise ValueError(
                 f"vocab_size must be from {len(tokens)} (256 bytes and {len(special)} special tokens) "
@@ -120,11 +130,7 @@ class ByteBPETokenizer:
             )
         if min_frequency < 1:
             raise ValueError(f"min_frequency must be at least 1, got {min_frequency}")
-        pieces: Counter[str] = Counter()
-        for text in texts:
-            _check_text(text)
-            for block in split.split(text):
-                pieces.update(block)
+        pieces = count_pieces(texts, normalizer, split)
         word_counts = {piece.encode(): count for piece, count in pieces.items()}
         vocabulary = {token: i for i, token in enumerate(tokens) if token}
         bytes_of = dict(enumerate(tokens))
@@ -133,12 +139,18 @@ class ByteBPETokenizer:
             bytes_of[merged] = bytes_of[left] + bytes_of[right]
             vocabulary[bytes_of[merged]] = merged
             merges.append((bytes_of[left], bytes_of[right]))
-        return cls(vocabulary, merges, pattern=pattern, special_tokens=special)
+        return cls(vocabulary, merges, pattern=pattern, special_tokens=special, normalizer=normalizer)
 
-    @property
-    def vocab_size(self) -> int:
-        """The largest id + 1: the number of rows that an embedding needs."""
-        return max(self._bytes) + 1
+    @classmethod
+    def from_gpt2_files(
+        cls, vocab: str | Path, merges: str | Path, *, special_tokens: Sequence[str] = ("<|endoftext|>",)
+    ) -> Self:
+        """Read GPT-2's two files, vocab.json and merges.txt; special tokens that vocab.json lacks get the next ids."""
+        parts, special = read_gpt2_files(Path(vocab), Path(merges), special_tokens)
+        try:
+            return cls(parts.vocabulary, parts.merges, special_tokens=special)
+        except ValueError as error:
+            raise ValueError(f"{vocab}: {error}") from None
 
     @property
     def pattern(self) -> str:
@@ -150,115 +162,58 @@ class ByteBPETokenizer:
         """The bytes of the two tokens of each merge, in the order in which merges are applied."""
         return [(self._bytes[left], self._bytes[right]) for left, right in self._merges]
 
-    @property
-    def special_tokens(self) -> dict[str, int]:
-        """Text -> id of the special tokens."""
-        return dict(self._special_tokens)
-
     def __repr__(self) -> str:
-        special = list(self._special_tokens)
+        special = list(self.special_tokens)
         return f"ByteBPETokenizer(vocab_size={self.vocab_size}, pattern={self.pattern!r}, special_tokens={special})"
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token stands for; ValueError for an id that no token has."""
-        token = self._bytes.get(index(token_id))
-        if token is None:
-            raise ValueError(f"token id must be one of the {len(self._bytes)} of the vocabulary, got {token_id!r}")
-        return token
-
-    def encode(self, text: str, *, allow_special: bool = True) -> list[int]:
-        """The token ids of a text.
-
-        Args:
-            text: Any text without lone surrogates, which have no UTF-8 form.
-            allow_special: Turn the text of a special token into its id (of several that begin at the same place, the
-                longest). False treats it like any other text, which is what text from strangers calls for.
-
-        Raises:
-            TypeError: `text` is not a str.
-            ValueError: `text` has a lone surrogate.
-        """
-        _check_text(text)
-        if self._special_cuts is None or not allow_special:
-            return self._encode_ordinary(text)
-        ids: list[int] = []
-        start = 0
-        for match in self._special_cuts.finditer(text):
-            ids += self._encode_ordinary(text[start : match.start()])
-            ids.append(self._special_tokens[match.group()])
-            start = match.end()
-        return ids + self._encode_ordinary(text[start:])
-
-    def encode_batch(self, texts: Iterable[str], *, allow_special: bool = True) -> list[list[int]]:
-        """`encode` for each of several texts."""
-        return [self.encode(text, allow_special=allow_special) for text in texts]
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of token ids; bytes that are not UTF-8 become U+FFFD. ValueError for an id that no token has."""
-        return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
-
-    def save(self, path: str | Path) -> None:
-        """Write a Hugging Face tokenizer.json. It appears under its name only when it is complete and on disk."""
-        parts = tokenizer_json.Parts(self._ids, self.merges, self.pattern, self._special_tokens)
-        tokenizer_json.save(parts, Path(path))
-
-    @classmethod
-    def load(cls, path: str | Path) -> ByteBPETokenizer:
-        """Read a Hugging Face tokenizer.json; ValueError says what in it is not byte-level BPE as it is done here."""
-        return cls._from_parts(tokenizer_json.load(Path(path)), path)
-
-    @classmethod
-    def from_gpt2_files(
-        cls, vocab: str | Path, merges: str | Path, *, special_tokens: Sequence[str] = ("<|endoftext|>",)
-    ) -> ByteBPETokenizer:
-        """Read GPT-2's two files, vocab.json and merges.txt; special tokens that vocab.json lacks get the next ids."""
-        return cls._from_parts(tokenizer_json.load_gpt2_files(Path(vocab), Path(merges), special_tokens), vocab)
-
-    @classmethod
-    def _from_parts(cls, parts: tokenizer_json.Parts, path: str | Path) -> ByteBPETokenizer:
-        try:
-            return cls(parts.vocabulary, parts.merges, pattern=parts.pattern, special_tokens=parts.special_tokens)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
-
-    def _encode_ordinary(self, text: str) -> list[int]:
-        lookup = self._cache.__getitem__
-        return list(chain.from_iterable(chain.from_iterable(map(lookup, block)) for block in self._split.split(text)))
+        self.id_to_token(token_id)
+        return self._bytes[index(token_id)]
 
     def _encode_piece(self, piece: str) -> list[int]:
-        return self._merge_table.apply([self._byte_ids[byte] for byte in piece.encode()])
+        encoded = piece.encode()
+        if self._ignore_merges and (whole := self._ids.get(encoded)) is not None:
+            return [whole]
+        return self._merge_table.apply([self._byte_ids[byte] for byte in encoded])
 
+    def _piece_spans(self, piece: str) -> list[tuple[int, int]]:
+        # A token that holds only a part of a character stands for all of it.
+        character_of = [at for at, character in enumerate(piece) for _ in character.encode()]
+        ends = accumulate((len(self._bytes[i]) for i in self._cache[piece]), initial=0)
+        return [(character_of[start], character_of[end - 1] + 1) for start, end in pairwise(ends)]
 
-class _PieceCache(dict[str, list[int]]):
-    """piece -> token ids, computed when first asked for; emptied when full, long pieces left out: it stays small."""
+    def _join(self, ids: list[int]) -> str:
+        """The text of the tokens' bytes; what is not UTF-8 becomes U+FFFD."""
+        return b"".join(map(self._bytes.__getitem__, ids)).decode("utf-8", errors="replace")
 
-    def __init__(self, compute: Callable[[str], list[int]]) -> None:
-        self._compute = compute
+    def _model_json(self) -> dict[str, Any]:
+        return model_json(self._vocabulary | self.special_tokens, self.merges, self._ignore_merges)
 
-    def __missing__(self, piece: str) -> list[int]:
-        ids = self._compute(piece)
-        if len(piece) <= CACHE_PIECE_LENGTH:
-            if len(self) >= CACHE_PIECES:
-                self.clear()
-            self[piece] = ids
-        return ids
+    def _decoder_json(self) -> dict[str, Any]:
+        return decoder_json()
 
+    def _pre_tokenizer_json(self) -> dict[str, Any]:
+        return pre_tokenizer_json(self.pattern)
 
-def _check_text(text: object) -> None:
-    if not isinstance(text, str):
-        raise TypeError(f"text must be a str, got {type(text).__name__}")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        at = error.start
-        raise ValueError(f"text must not contain lone surrogates, got {text[at]!r} at index {at}") from None
+    @classmethod
+    def _common_parts(cls, content: Mapping[str, Any]) -> dict[str, Any]:
+        # The pre-tokenizer is read with the model: in files it is what spells text as bytes.
+        return super()._common_parts({**content, "pre_tokenizer": None})
+
+    @classmethod
+    def _from_json(cls, content: Mapping[str, Any], common: dict[str, Any]) -> Self:
+        del common["pre_tokenizer"]
+        special = {added.text: added.id for added in common["special_tokens"]}
+        parts = read_parts(content, special)
+        return cls(parts.vocabulary, parts.merges, pattern=parts.pattern, ignore_merges=parts.ignore_merges, **common)
 
 
 def _check_special_tokens(special_tokens: Iterable[str], vocabulary: Container[bytes]) -> None:
     for text in special_tokens:
-        _check_text(text)
+        check_text(text)
         if not text:
             raise ValueError("a special token must not be empty")
-        token = tokenizer_json.unspell(text)
+        token = unspell(text)
         if token in vocabulary and token != text.encode():
             raise ValueError(f"special token {text!r} is how a tokenizer.json spells the token {token!r}")

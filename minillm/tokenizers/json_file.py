@@ -39,5 +39,6 @@ def write_bytes(content: bytes, path: Path) -> None:
 
 
 def kind(part: Any) -> str | None:
-    """The "type" of one part of a tokenizer.json; None if it has none."""
-    return part.get("type") if isinstance(part, dict) else None
+    """The "type" of one part of a tokenizer.json; None if it has none that is a string."""
+    name = part.get("type") if isinstance(part, dict) else None
+    return name if isinstance(name, str) else None

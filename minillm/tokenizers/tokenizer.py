@@ -176,6 +176,7 @@ class Tokenizer(ABC):
         """The same ids, with how each token is spelled and which characters of the text it stands for."""
         check_text(text)
         ids: list[int] = []
+        tokens: list[str] = []
         offsets: list[tuple[int, int]] = []
         words: list[int | None] = []
         n_pieces = 0
@@ -184,15 +185,17 @@ class Tokenizer(ABC):
                 for piece in self._pieces(part):
                     piece_ids, spans = self._encode_aligned(piece)
                     ids += piece_ids
+                    tokens += [self._tokens[i] for i in piece_ids]
                     offsets += [(piece.starts[start], piece.ends[end - 1]) for start, end in spans]
                     words += [n_pieces] * len(piece_ids)
                     n_pieces += 1
             else:
                 ids.append(part.id)
+                tokens.append(part.text)
                 offsets.append((part.start, part.end))
                 words.append(n_pieces)
                 n_pieces += 1
-        return Encoding.of_text(ids, [self._tokens[i] for i in ids], offsets, words)
+        return Encoding.of_text(ids, tokens, offsets, words)
 
     def tokenize(self, text: str) -> list[str]:
         """How the tokens of a text are spelled in the vocabulary."""

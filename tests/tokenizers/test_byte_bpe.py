@@ -186,7 +186,7 @@ def test_a_full_cache_changes_nothing(
     pairs: dict[str, tuple[ByteBPETokenizer, Tokenizer]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ours, peer = pairs["gpt2"]
-    monkeypatch.setattr("minillm.tokenizers.byte_bpe.CACHE_PIECES", 5)
+    monkeypatch.setattr("minillm.tokenizers.tokenizer.CACHE_PIECES", 5)
     small = copy.deepcopy(ours)
     small._cache.clear()
     assert small.encode(documents[11]) == peer.encode(documents[11]).ids
@@ -220,6 +220,19 @@ def test_ids_outside_the_vocabulary_are_refused(
         ours.decode([5, token_id])
 
 
+@patterns
+@given(text=texts)
+def test_offsets_and_tokens_equal_tokenizers(
+    pairs: dict[str, tuple[ByteBPETokenizer, Tokenizer]], pattern: str, text: str
+) -> None:
+    ours, peer = pairs[pattern]
+    theirs, encoding = peer.encode(text), ours.encode_with_offsets(text)
+    assert encoding.ids == theirs.ids == ours.encode(text)
+    assert encoding.tokens == theirs.tokens
+    assert encoding.offsets == theirs.offsets
+    assert encoding.word_ids == theirs.word_ids
+
+
 def test_text_that_cannot_be_encoded_is_refused() -> None:
     tokenizer = ByteBPETokenizer.train([], 256)
     with pytest.raises(ValueError, match=r"lone surrogates, got '\\ud800' at index 2"):
@@ -251,13 +264,14 @@ def test_bad_arguments_of_train_are_refused() -> None:
 def test_a_vocabulary_that_does_not_fit_together_is_refused() -> None:
     vocabulary = {bytes([byte]): byte for byte in range(256)}
     for changed, merges, special, message in (
-        ({b"a": 98}, [], {}, r"token b'b' has id 98, which belongs to another token"),
-        ({b"ab": -1}, [], {}, r"token b'ab' has id -1, which is not in 0 .. 1114111"),
+        ({b"a": 98}, [], {}, "token 'b' has id 98, which belongs to 'a'"),
+        ({b"ab": -1}, [], {}, "token 'ab' has id -1, which is not in 0 .. 1114111"),
         ({b"ab": 10**12}, [], {}, "has id 1000000000000, which is not in 0"),
         ({}, [], {"<s>": 0x110000}, "has id 1114112, which is not in 0"),
         ({}, [(b"a", b"b")], {}, r"merge \(b'a', b'b'\): b'ab' is not in the vocabulary"),
         ({}, [], {"<s>": 7}, "'<s>' has id 7"),
-        ({}, [], {"Ā": 256}, r"special token 'Ā' is how a tokenizer.json spells the token b'\\x00'"),
+        ({}, [], {"Ā": 256}, "special token 'Ā' has id 256, but 0 as a token"),
+        ({}, [], {"Ā": 0}, r"special token 'Ā' is how a tokenizer.json spells the token b'\\x00'"),
     ):
         with pytest.raises(ValueError, match=message):
             ByteBPETokenizer(vocabulary | changed, merges, special_tokens=special)

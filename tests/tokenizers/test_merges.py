@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
+from minillm.tokenizers.byte_alphabet import BYTE_ALPHABET
 from minillm.tokenizers.merges import (
     SHORT_WORD,
     MergeTable,
@@ -16,7 +17,6 @@ from minillm.tokenizers.merges import (
     learn_merges,
     learn_merges_plain,
 )
-from minillm.tokenizers.tokenizer_json import BYTE_ALPHABET
 
 # Few letters: many ties, many runs of one letter, many pairs that overlap.
 words = st.one_of(*(st.text(alphabet, min_size=1, max_size=16) for alphabet in ("a", "ab", "abc", "abcdef")))

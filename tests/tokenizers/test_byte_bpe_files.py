@@ -8,13 +8,15 @@ from typing import Any
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import Encoding as PeerEncoding
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from minillm.tokenizers import ByteBPETokenizer
+from minillm.tokenizers.byte_alphabet import BYTE_ALPHABET, spell, spells_itself, unspell
+from minillm.tokenizers.encoding import Encoding
 from minillm.tokenizers.split_patterns import SPLIT_PATTERNS
-from minillm.tokenizers.tokenizer_json import BYTE_ALPHABET, spell, spells_itself, unspell
 
 TEXT = "The quick brown fox, it's said, jumps over 12345 lazy dogs.\n\n  naïve 中文 👍🏽 <|endoftext|>"
 
@@ -120,7 +122,6 @@ def model(**values: object) -> Change:
         (model(merges=None), "and a list 'merges'"),
         (model(dropout=0.1), "model.dropout must be null, false or empty, got 0.1"),
         (model(byte_fallback=True), "model.byte_fallback"),
-        (model(ignore_merges=True), "model.ignore_merges"),
         (model(end_of_word_suffix="</w>"), "model.end_of_word_suffix"),
         (model(merges=[["a", "b", "c"]]), r"a merge must be two tokens, got \['a', 'b', 'c'\]"),
         (model(merges=["ab"]), "a merge must be two tokens, got 'ab'"),
@@ -128,12 +129,12 @@ def model(**values: object) -> Change:
         (model(merges=[["z", "q"]]), r"merge \(b'z', b'q'\): b'zq' is not in the vocabulary"),
         (lambda c: c["model"]["vocab"].update({"▁the": 999}), "token '▁the' has a character"),
         (lambda c: c["model"]["vocab"].update({"zq": "999"}), "the id of token 'zq' must be an integer, got '999'"),
-        (lambda c: c["model"]["vocab"].update({"zq": 5}), "has id 5, which belongs to another token"),
+        (lambda c: c["model"]["vocab"].update({"zq": 5}), "has id 5, which belongs to"),
         (lambda c: c["model"]["vocab"].update({"<|endoftext|>": 999}), "'<|endoftext|>' has id 0, but 999 in the voc"),
         (lambda c: c["model"]["vocab"].pop("Ġ"), "all 256 single bytes; missing: 0x20"),
-        (lambda c: c.update(normalizer={"type": "NFC"}), "normalizer must be null, got {'type': 'NFC'}"),
-        (lambda c: c.update(truncation={"max_length": 5}), "truncation must be null"),
-        (lambda c: c.update(post_processor={"type": "TemplateProcessing"}), "post_processor .* got TemplateProcessing"),
+        (lambda c: c.update(normalizer={"type": "NFX"}), "NFX"),
+        (lambda c: c.update(truncation={"max_length": 5}), "truncation: "),
+        (lambda c: c.update(post_processor={"type": "TemplateProcessing"}), "TemplateProcessing"),
         (lambda c: c.update(decoder={"type": "Metaspace"}), "decoder must be null or ByteLevel, got Metaspace"),
         (lambda c: c.update(pre_tokenizer={"type": "Whitespace"}), r"pre_tokenizer must be .*, got \['Whitespace'\]"),
         (lambda c: c.update(pre_tokenizer=None), r"pre_tokenizer must be ByteLevel, .*, got \[None\]"),
@@ -145,14 +146,14 @@ def model(**values: object) -> Change:
         (step(0, behavior="MergedWithNext"), "must be Isolated and not inverted"),
         (step(1, use_regex=True), "use_regex true if it is alone, and false after Split"),
         (step(1, add_prefix_space=True), "add_prefix_space false"),
-        (lambda c: c["added_tokens"][0].update(lstrip=True), "added token '<|endoftext|>' must have lstrip false"),
-        (lambda c: c["added_tokens"][0].pop("id"), "an added token must have a string 'content' and an integer 'id'"),
-        (lambda c: c["added_tokens"].append(c["added_tokens"][0] | {"id": 7}), "must have one id, got 0 and 7"),
+        (lambda c: c["added_tokens"][0].update(lstrip=1), "added token '<|endoftext|>': lstrip must be true or false"),
+        (lambda c: c["added_tokens"][0].pop("id"), "an added token must be an object with 'content' and 'id'"),
+        (lambda c: c["added_tokens"].append(c["added_tokens"][0] | {"id": 7}), "must be there once, got ids 0 and 7"),
         (lambda c: c["model"]["vocab"].update({"zq": 10**12}), "has id 1000000000000, which is not in 0 .. 1114111"),
         (lambda c: c.update(added_tokens=True), "added_tokens must be a list or null, got True"),
         (lambda c: c.update(added_tokens={}), "added_tokens must be a list or null, got {}"),
         (lambda c: c["pre_tokenizer"].update(pretokenizers=3), r"pre_tokenizer must be .*, got \[\]"),
-        (lambda c: c.update(added_tokens=["<s>"]), "an added token must have .*, got '<s>'"),
+        (lambda c: c.update(added_tokens=["<s>"]), "an added token must be .*, got '<s>'"),
     ],
 )
 def test_a_file_that_is_not_byte_level_bpe_is_refused_with_the_reason(file: Path, change: Change, message: str) -> None:
@@ -201,8 +202,9 @@ def test_a_file_with_anything_anywhere_is_read_or_refused(saved: tuple[Path, str
     loaded = read_or_refused(path, content)
     if isinstance(loaded, str):
         assert loaded.startswith(str(path))
-    else:
-        assert loaded.decode(loaded.encode(TEXT)) == TEXT
+    else:  # a flag of an added token, or a template, may have changed what it does; it does it nevertheless
+        assert loaded.decode(loaded.encode("the fox", allow_special=False)) == "the fox"
+        assert loaded.prepare(TEXT).ids is not None
 
 
 @given(
@@ -217,13 +219,47 @@ def test_added_tokens_normalized_or_not_are_found_as_in_tokenizers(
     peer = Tokenizer.from_str(saved[1])
     peer.add_tokens([AddedToken(token, normalized=flag) for token, flag in added.items()])
     ours = read_or_refused(saved[0], json.loads(peer.to_str()))
-    if isinstance(ours, str):
-        assert "overlap: both must be normalized, or neither" in ours
-        assert len(set(added.values())) == 2
-        letters = [set("".join(token for token in added if added[token] is flag)) for flag in (False, True)]
-        assert letters[0] & letters[1]
-    else:
-        assert ours.encode(text) == peer.encode(text).ids
+    assert isinstance(ours, ByteBPETokenizer)
+    assert ours.encode(text) == peer.encode(text).ids
+
+
+def test_a_file_of_llama_3s_form_is_read_as_tokenizers_reads_it(file: Path) -> None:
+    """GPT-4's pattern, a token that no merges lead to, a template, NFC, truncation, padding and every flag."""
+    content = json.loads(file.read_text(encoding="utf-8"))
+    vocabulary = content["model"]["vocab"]
+    vocabulary["Ġunmergeable"] = len(vocabulary)
+    peer = Tokenizer.from_str(json.dumps(content | {"model": content["model"] | {"ignore_merges": True}}))
+    peer.normalizer = normalizers.NFC()
+    peer.add_special_tokens(["<|begin_of_text|>"])
+    peer.add_tokens([AddedToken("<mask>", lstrip=True, special=True), AddedToken("Word", single_word=True)])
+    begin = peer.token_to_id("<|begin_of_text|>")
+    template = processors.TemplateProcessing(
+        single="<|begin_of_text|> $A",
+        pair="<|begin_of_text|> $A <|begin_of_text|>:1 $B:1",
+        special_tokens=[("<|begin_of_text|>", begin)],
+    )
+    peer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=True), template])
+    peer.enable_truncation(12, stride=2)
+    peer.enable_padding(pad_id=begin, pad_token="<|begin_of_text|>", pad_to_multiple_of=4)
+    peer.save(str(file))
+    ours = ByteBPETokenizer.load(file)
+    for saved_again in (False, True):
+        if saved_again:
+            ours.save(file)
+            ours = ByteBPETokenizer.load(file)
+        batch = [TEXT, "an unmergeable  <mask> é Word Words", "", ("the fox", "lazy dogs, 12345"), (TEXT, TEXT)]
+        for mine, theirs in zip(ours.prepare_batch(batch), peer.encode_batch(batch), strict=True):
+            assert_equal(mine, theirs)
+        assert peer.token_to_id("Ġunmergeable") in ours.encode("an unmergeable")
+        assert "Ġunmergeable" not in ByteBPETokenizer.train([TEXT], 300).tokenize("an unmergeable")
+
+
+def assert_equal(mine: Encoding, theirs: PeerEncoding) -> None:
+    columns = "ids tokens offsets type_ids special_tokens_mask attention_mask word_ids sequence_ids"
+    # (`tokenizers` also hangs stretches below stretches; here all of them are in one list.)
+    for one, other in [(mine, theirs), *zip(mine.overflowing, theirs.overflowing, strict=True)]:
+        for column in columns.split():
+            assert getattr(one, column) == getattr(other, column), column
 
 
 @pytest.mark.parametrize(
