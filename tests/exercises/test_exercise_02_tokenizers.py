@@ -1,12 +1,16 @@
-"""Exercise 02: wrong answers that students are likely to give, and the solution against Hugging Face `tokenizers`."""
+"""Exercise 02: wrong answers that students are likely to give; the solution against the libraries that people use."""
+
+import io
 
 import nbformat
 import pytest
 import regex
+import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Tokenizer
-from tokenizers.models import BPE
+from tokenizers.models import BPE, Unigram, WordPiece
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
@@ -68,6 +72,176 @@ def decode(ids, merges, special_tokens):
 """
 SPECIAL = "pieces.update({i: text.encode() for text, i in special_tokens.items()})"
 TEXT = "b''.join(pieces[i] for i in ids).decode(errors='replace')"
+
+PAIR_SCORES = """
+def wordpiece_letters(word):
+    return {letters}
+
+def pair_scores(words):
+    pieces, pairs = {{}}, {{}}
+    for word, count in words.items():
+        for piece in {pieces}:
+            pieces[piece] = pieces.get(piece, 0) + {piece_count}
+        for pair in zip(word, word[1:]):
+            pairs[pair] = pairs.get(pair, 0) + {pair_count}
+    return {{(a, b): {score} for (a, b), n in pairs.items()}}
+
+def best_pair(scores):
+    return {best}
+"""
+SCORED = {
+    "letters": "tuple('##' * (i > 0) + word[i] for i in range(len(word)))",
+    "pieces": "word",
+    "piece_count": "count",
+    "pair_count": "count",
+    "score": "n / (pieces[a] * pieces[b])",
+    "best": "min(scores, key=lambda pair: (-scores[pair], pair))",
+}
+
+LONGEST_MATCH = """
+def encode_wordpiece(word, vocabulary):
+    pieces, start = [], 0
+    while start < len(word):
+        mark = {mark}
+        for end in {ends}:
+            if mark + word[start:end] in vocabulary:
+                pieces.append({piece})
+                start = end
+                break
+        else:
+            {nothing}
+    return pieces
+"""
+MATCHED = {
+    "mark": "'##' if start else ''",
+    "ends": "range(len(word), start, -1)",
+    "piece": "mark + word[start:end]",
+    "nothing": "return ['[UNK]']",
+}
+
+VITERBI = """
+def viterbi(text, log_probs):
+    {before}
+    best, last_start = [{zero}] + [{worst}] * len(text), [0] * (len(text) + 1)
+    for end in range(1, len(text) + 1):
+        for start in {starts}:
+            piece = text[start:end]
+            if piece in log_probs:
+                score = {known}
+            elif len(piece) == 1:
+                score = {alone}
+            else:
+                continue
+            if {better}:
+                best[end], last_start[end] = score, start
+    pieces, end = [], len(text)
+    while end > 0:
+        pieces.append(text[last_start[end]:end])
+        end = last_start[end]
+    return {pieces}
+"""
+CUT = {
+    "before": "unknown = min(log_probs.values()) - 10",
+    "zero": "0.0",
+    "worst": "float('-inf')",
+    "starts": "range(end)",
+    "known": "best[start] + log_probs[piece]",
+    "alone": "best[start] + unknown",
+    "better": "score > best[end]",
+    "pieces": "pieces[::-1]",
+}
+
+EXPECTED_COUNTS = """
+def expected_counts(words, probabilities):
+    expected = {expected}
+    for word, count in words.items():
+        n = len(word)
+        alpha = [1.0] + [0.0] * n
+        for end in range(1, n + 1):
+            alpha[end] = sum(alpha[s] * probabilities.get(word[s:end], 0.0) for s in range(end))
+        beta = [0.0] * n + [1.0]
+        for start in reversed(range(n)):
+            beta[start] = sum(probabilities.get(word[start:e], 0.0) * beta[e] for e in range(start + 1, n + 1))
+        {before}
+        for start in range(n):
+            for end in range(start + 1, n + 1):
+                piece = word[start:end]
+                if piece in probabilities:
+                    expected[piece] {add} {count} * {share}
+    return expected
+
+def em_step(words, probabilities):
+    expected = expected_counts(words, probabilities)
+    return {new}
+"""
+EXPECTED = {
+    "expected": "dict.fromkeys(probabilities, 0.0)",
+    "before": "",
+    "add": "+=",
+    "count": "count",
+    "share": "alpha[start] * probabilities[piece] * beta[end] / alpha[n]",
+    "new": "{piece: count / sum(expected.values()) for piece, count in expected.items()}",
+}
+EVERY_WAY = """
+def ways(word, probabilities):
+    if not word:
+        return [([], 1.0)]
+    return [
+        ([word[:end], *pieces], probabilities[word[:end]] * p)
+        for end in range(1, len(word) + 1)
+        if word[:end] in probabilities
+        for pieces, p in ways(word[end:], probabilities)
+    ]
+
+def expected_counts(words, probabilities):
+    expected = dict.fromkeys(probabilities, 0.0)
+    for word, count in words.items():
+        every = {every}
+        for pieces, p in every:
+            for piece in pieces:
+                expected[piece] += count * {share}
+    return expected
+
+def em_step(words, probabilities):
+    expected = expected_counts(words, probabilities)
+    return {{piece: count / sum(expected.values()) for piece, count in expected.items()}}
+"""
+
+BYTE_FALLBACK = """
+def encode_pieces(text, log_probs):
+    if not text:
+        return []
+    pieces = []
+    for piece in viterbi({marked}, log_probs):
+        {spell}
+    return pieces
+
+def decode_pieces(pieces):
+    out = []
+    for piece in pieces:
+        if piece.startswith("<0x") and piece.endswith(">"):
+            out.append({byte})
+        else:
+            out.append({plain})
+    return {text}
+"""
+SPELLED = {
+    "marked": "'▁' + text.replace(' ', '▁')",
+    "spell": "pieces.extend([piece] if piece in log_probs else [f'<0x{b:02X}>' for b in piece.encode()])",
+    "byte": "bytes([int(piece[3:-1], 16)])",
+    "plain": "piece.replace('▁', ' ').encode()",
+    "text": "b''.join(out).decode(errors='replace').removeprefix(' ')",
+}
+
+
+def fallback(**changes: str) -> str:
+    """Part 2.11's answer with some of its places filled in otherwise."""
+    return BYTE_FALLBACK.format(**(SPELLED | changes))
+
+
+def bytes_as(token: str) -> str:
+    """How part 2.11's answer spells a piece that is not in the vocabulary."""
+    return f"pieces.extend([piece] if piece in log_probs else {token})"
 
 
 class TestExercise02(ExerciseTests):
@@ -468,6 +642,559 @@ def encode(text, merges, special_tokens):
             ),
             "bytes": (DECODE.format(special=SPECIAL, text="b''.join(pieces[i] for i in ids)"), "not bytes"),
         },
+        "2.7": {
+            "## forgotten": (PAIR_SCORES.format(**SCORED | {"letters": "tuple(word)"}), "you forget the ##"),
+            "## on the first letter too": (
+                PAIR_SCORES.format(**SCORED | {"letters": "tuple('##' + letter for letter in word)"}),
+                "the first letter of a word is bare",
+            ),
+            "letters as a list": (
+                PAIR_SCORES.format(**SCORED | {"letters": "['##' * (i > 0) + word[i] for i in range(len(word))]"}),
+                "returns a tuple",
+            ),
+            "only the count of the pair": (
+                PAIR_SCORES.format(**SCORED | {"score": "n"}),
+                "divide it by the counts of its two pieces",
+            ),
+            "divided by the sum": (
+                PAIR_SCORES.format(**SCORED | {"score": "n / (pieces[a] + pieces[b])"}),
+                "you say 0.3158, that divides by the sum of the two counts",
+            ),
+            "divided by the left count only": (
+                PAIR_SCORES.format(**SCORED | {"score": "n / pieces[a]"}),
+                "by the count of the left piece only",
+            ),
+            "divided by the right count only": (
+                PAIR_SCORES.format(**SCORED | {"score": "n / pieces[b]"}),
+                "by the count of the right piece only",
+            ),
+            "a word counts once": (
+                PAIR_SCORES.format(**SCORED | {"piece_count": "1", "pair_count": "1"}),
+                "that counts each word once",
+            ),
+            "the pieces of a word count once": (
+                PAIR_SCORES.format(**SCORED | {"piece_count": "1"}),
+                "that counts the pieces once a word",
+            ),
+            "the pairs of a word count once": (
+                PAIR_SCORES.format(**SCORED | {"pair_count": "1"}),
+                "that counts the pair once a word",
+            ),
+            "words of one piece left out": (
+                PAIR_SCORES.format(**SCORED | {"pieces": "(word if len(word) > 1 else ())"}),
+                "the word that is only 'a' counts too",
+            ),
+            "the last piece has no count": (
+                PAIR_SCORES.format(**SCORED | {"pieces": "word[:-1]"}),
+                "also the last one of a word",
+            ),
+            "## taken away before counting": (
+                PAIR_SCORES.format(
+                    **SCORED
+                    | {
+                        "pieces": "[p.removeprefix('##') for p in word]",
+                        "score": "n / (pieces[a.removeprefix('##')] * pieces[b.removeprefix('##')])",
+                    }
+                ),
+                "'l' and '##l' are two different pieces",
+            ),
+            "a repeated piece counts once": (
+                PAIR_SCORES.format(**SCORED | {"pieces": "set(word)"}),
+                "the piece ##o occurs 3 times and the pair (##o, ##o) twice",
+            ),
+            "shares instead of counts": (
+                PAIR_SCORES.format(
+                    **SCORED
+                    | {
+                        "score": "(n / sum(pairs.values()))"
+                        " / (pieces[a] / sum(pieces.values()) * pieces[b] / sum(pieces.values()))"
+                    }
+                ),
+                "the formula has plain counts",
+            ),
+            "divided twice": (
+                PAIR_SCORES.format(**SCORED | {"score": "n / pieces[a] / pieces[b]"}),
+                "yours differ in the last digit: one division",
+            ),
+            "tie to the pair seen first": (
+                PAIR_SCORES.format(**SCORED | {"best": "max(scores, key=scores.get)"}),
+                "of equal scores the smallest pair wins, (a, ##b); you take ('b', '##a')",
+            ),
+            "tie to the largest pair": (
+                PAIR_SCORES.format(**SCORED | {"best": "max(scores, key=lambda pair: (scores[pair], pair))"}),
+                "of equal scores the smallest pair wins",
+            ),
+            "lowest score": (
+                PAIR_SCORES.format(**SCORED | {"best": "min(scores, key=lambda pair: (scores[pair], pair))"}),
+                "the highest score wins",
+            ),
+        },
+        "2.8": {
+            "shortest match": (
+                LONGEST_MATCH.format(**MATCHED | {"ends": "range(start + 1, len(word) + 1)"}),
+                "you take the shortest that fits",
+            ),
+            "## forgotten inside a word": (LONGEST_MATCH.format(**MATCHED | {"mark": "''"}), "you look up, or return"),
+            "## not returned": (
+                LONGEST_MATCH.format(**MATCHED | {"piece": "word[start:end]"}),
+                "'lower' gives 'low', '##er'; you look up, or return, the bare 'er'",
+            ),
+            "## or bare inside a word": (
+                """
+def encode_wordpiece(word, vocabulary):
+    pieces, start = [], 0
+    while start < len(word):
+        for end in range(len(word), start, -1):
+            fits = [p for p in ("##" * (start > 0) + word[start:end], word[start:end]) if p in vocabulary]
+            if fits:
+                pieces.append(fits[0])
+                start = end
+                break
+        else:
+            return ["[UNK]"]
+    return pieces
+""",
+                "the bare piece 'er' fits only the beginning of a word",
+            ),
+            "## at the beginning too": (
+                LONGEST_MATCH.format(**MATCHED).replace(
+                    "        for end in",
+                    "        if not start and word not in vocabulary and '##' + word in vocabulary:\n"
+                    "            return ['##' + word]\n"
+                    "        for end in",
+                ),
+                "'##er' fits only inside a word",
+            ),
+            "only the rest unknown": (
+                LONGEST_MATCH.format(**MATCHED | {"nothing": "return pieces + ['[UNK]']"}),
+                "then the whole word is unknown, ['[UNK]'], not only the rest",
+            ),
+            "one unknown letter": (
+                LONGEST_MATCH.format(**MATCHED | {"nothing": "pieces.append('[UNK]'); start += 1"}),
+                "then the whole word is unknown",
+            ),
+            "the rest dropped": (LONGEST_MATCH.format(**MATCHED | {"nothing": "break"}), "and you drop it"),
+            "unknown letters dropped": (LONGEST_MATCH.format(**MATCHED | {"nothing": "start += 1"}), "you drop it"),
+            "a loop without end": (LONGEST_MATCH.format(**MATCHED | {"nothing": "continue"}), "your loop never ends"),
+            "an error where nothing fits": (
+                """
+def encode_wordpiece(word, vocabulary):
+    pieces, start = [], 0
+    while start < len(word):
+        mark = "##" if start else ""
+        end = max(end for end in range(start + 1, len(word) + 1) if mark + word[start:end] in vocabulary)
+        pieces.append(mark + word[start:end])
+        start = end
+    return pieces
+""",
+                "fails with ValueError: where no piece fits, return ['[UNK]']",
+            ),
+            "goes back": (
+                """
+def encode_wordpiece(word, vocabulary, mark=""):
+    for end in range(len(word), 0, -1):
+        if mark + word[:end] in vocabulary:
+            rest = encode_wordpiece(word[end:], vocabulary, "##") if end < len(word) else []
+            if rest != ["[UNK]"]:
+                return [mark + word[:end], *rest]
+    return ["[UNK]"]
+""",
+                "you go back to the shorter 'ab'",
+            ),
+            "fewest pieces": (
+                """
+def encode_wordpiece(word, vocabulary):
+    best = {0: []}
+    for end in range(1, len(word) + 1):
+        for start in range(end):
+            piece = "##" * (start > 0) + word[start:end]
+            if start in best and piece in vocabulary and (end not in best or len(best[start]) + 1 < len(best[end])):
+                best[end] = best[start] + [piece]
+    return best.get(len(word), ["[UNK]"])
+""",
+                "neither the fewest pieces that win",
+            ),
+            "from the right": (
+                """
+def encode_wordpiece(word, vocabulary):
+    pieces, end = [], len(word)
+    while end > 0:
+        for start in range(end):
+            if "##" * (start > 0) + word[start:end] in vocabulary:
+                pieces.insert(0, "##" * (start > 0) + word[start:end])
+                end = start
+                break
+        else:
+            return ["[UNK]"]
+    return pieces
+""",
+                "nor the longest one anywhere",
+            ),
+            "returns a tuple": (
+                LONGEST_MATCH.format(**MATCHED).replace("return pieces", "return tuple(pieces)"),
+                "returns a list",
+            ),
+        },
+        "2.9": {
+            "longest piece first": (
+                """
+def viterbi(text, log_probs):
+    pieces, start = [], 0
+    while start < len(text):
+        ends = [e for e in range(start + 1, len(text) + 1) if text[start:e] in log_probs] or [start + 1]
+        pieces.append(text[start:max(ends)])
+        start = max(ends)
+    return pieces
+""",
+                "taking the longest piece first is greedy",
+            ),
+            "most probable piece first": (
+                """
+def viterbi(text, log_probs):
+    pieces, start = [], 0
+    while start < len(text):
+        ends = [e for e in range(start + 1, len(text) + 1) if text[start:e] in log_probs] or [start + 1]
+        end = max(ends, key=lambda e: log_probs.get(text[start:e], -99))
+        pieces.append(text[start:end])
+        start = end
+    return pieces
+""",
+                "or take the most probable piece first?",
+            ),
+            "lowest score": (
+                VITERBI.format(**CUT | {"worst": "float('inf')", "better": "score < best[end]"}),
+                "higher is better",
+            ),
+            "backtracking not reversed": (VITERBI.format(**CUT | {"pieces": "pieces"}), "in reverse order"),
+            "unknown characters dropped": (
+                VITERBI.format(**CUT | {"pieces": "[p for p in pieces[::-1] if p in log_probs]"}),
+                "it is neither dropped nor replaced",
+            ),
+            "unknown characters replaced": (
+                VITERBI.format(**CUT | {"pieces": "[p if p in log_probs else '<unk>' for p in pieces[::-1]]"}),
+                "joined, are 'a<unk>b'",
+            ),
+            "unknown characters fail": (
+                VITERBI.format(**CUT | {"alone": "best[start] + log_probs[piece]"}),
+                "fails with KeyError: in 'a?b', '?' is no piece: it stands alone",
+            ),
+            "unknown characters cost nothing": (
+                VITERBI.format(**CUT | {"alone": "best[start]"}),
+                "your price for an unknown character is too low",
+            ),
+            "unknown characters cost 10": (
+                VITERBI.format(**CUT | {"before": "unknown = -10"}),
+                "your price for an unknown character is too low",
+            ),
+            "unknown characters as a last resort": (
+                VITERBI.format(**CUT | {"before": "unknown = -1e9"}),
+                "your price for the unknown '?' is too high",
+            ),
+            "tie to the shorter last piece": (
+                VITERBI.format(**CUT | {"better": "score >= best[end]"}),
+                "the one with the longer last piece wins",
+            ),
+            "starts from the right, tie to the shorter last piece": (
+                VITERBI.format(**CUT | {"starts": "reversed(range(end))"}),
+                "the one with the longer last piece wins",
+            ),
+            "tie to the longer first piece": (
+                """
+def viterbi(text, log_probs):
+    unknown = min(log_probs.values()) - 10
+    best, next_end = [float("-inf")] * len(text) + [0.0], [0] * len(text)
+    for start in reversed(range(len(text))):
+        for end in range(len(text), start, -1):
+            piece = text[start:end]
+            if piece in log_probs or len(piece) == 1:
+                score = best[end] + (log_probs[piece] if piece in log_probs else unknown)
+                if score > best[start]:
+                    best[start], next_end[start] = score, end
+    pieces, start = [], 0
+    while start < len(text):
+        pieces.append(text[start:next_end[start]])
+        start = next_end[start]
+    return pieces
+""",
+                "the one with the longer last piece wins",
+            ),
+            "every cut tried": (
+                """
+def viterbi(text, log_probs):
+    unknown = min(log_probs.values()) - 10
+    def best(end):
+        if end == 0:
+            return 0.0, []
+        ways = []
+        for start in range(end):
+            piece = text[start:end]
+            if piece in log_probs or len(piece) == 1:
+                score, pieces = best(start)
+                score += log_probs[piece] if piece in log_probs else unknown
+                ways.append((score, len(piece), pieces + [piece]))
+        return max(ways)[0], max(ways)[2]
+    return best(len(text))[1]
+""",
+                "you try the cuts one by one",
+            ),
+            "probabilities, which underflow": (
+                "import math\n"
+                + VITERBI.format(
+                    **CUT
+                    | {
+                        "zero": "1.0",
+                        "worst": "0.0",
+                        "known": "best[start] * math.exp(log_probs[piece])",
+                        "alone": "best[start] * math.exp(unknown)",
+                    }
+                ),
+                "Do you turn the log probabilities into probabilities?",
+            ),
+            "logarithms of probabilities that were rounded to 0": (
+                "import math\n"
+                + VITERBI.format(
+                    **CUT
+                    | {
+                        "known": "math.log(math.exp(best[start]) * math.exp(log_probs[piece]))",
+                        "alone": "math.log(math.exp(best[start]) * math.exp(unknown))",
+                    }
+                ).replace("score > best[end]", "score > best[end] + 1e-9"),
+                "a text of 300 characters (is it log probabilities that you add?)",
+            ),
+            "pieces of at most three characters": (
+                VITERBI.format(**CUT | {"starts": "range(max(0, end - 3), end)"}),
+                "or long pieces are not tried",
+            ),
+            "a joined text": (VITERBI.format(**CUT | {"pieces": "' '.join(pieces[::-1])"}), "returns a list of pieces"),
+        },
+        "2.10": {
+            "most probable way only": (
+                EVERY_WAY.format(
+                    every="[max(ways(word, probabilities), key=lambda way: way[1])]",
+                    share="1",
+                ),
+                "you count only the most probable way",
+            ),
+            "every way counts fully": (
+                EVERY_WAY.format(every="ways(word, probabilities)", share="1"),
+                "you count every way fully",
+            ),
+            "all ways alike": (
+                EVERY_WAY.format(every="list(ways(word, probabilities))", share="1 / len(every)"),
+                "you count all ways alike",
+            ),
+            "every way listed": (
+                EVERY_WAY.format(every="ways(word, probabilities)", share="p / sum(p for _, p in every)"),
+                "you list the ways to cut one by one",
+            ),
+            "shares not divided by the word's probability": (
+                EXPECTED_COUNTS.format(**EXPECTED | {"share": "alpha[start] * probabilities[piece] * beta[end]"}),
+                "divide by the probability of the whole word",
+            ),
+            "beta not used": (
+                EXPECTED_COUNTS.format(**EXPECTED | {"share": "alpha[start] * probabilities[piece] / alpha[n]"}),
+                "is beta left out?",
+            ),
+            "alpha not used": (
+                EXPECTED_COUNTS.format(**EXPECTED | {"share": "probabilities[piece] * beta[end] / alpha[n]"}),
+                "is alpha left out?",
+            ),
+            "forward only": (
+                EXPECTED_COUNTS.format(**EXPECTED | {"share": "alpha[start] * probabilities[piece] / alpha[end]"}),
+                "you divide by alpha[j]",
+            ),
+            "shares of all counts at once": (
+                EXPECTED_COUNTS.format(**EXPECTED).replace(
+                    "return expected\n",
+                    "total = sum(expected.values())\n    return {p: c / total for p, c in expected.items()}\n",
+                    1,
+                ),
+                "these are shares already",
+            ),
+            "not normalised": (EXPECTED_COUNTS.format(**EXPECTED | {"new": "expected"}), "divide each by their sum"),
+            "divided by the number of words": (
+                EXPECTED_COUNTS.format(
+                    **EXPECTED | {"new": "{p: c / sum(words.values()) for p, c in expected.items()}"}
+                ),
+                "divide each by their sum",
+            ),
+            "word counts not used": (
+                EXPECTED_COUNTS.format(**EXPECTED | {"count": "1"}),
+                "a word that occurs 5 times counts 5 times",
+            ),
+            "a repeated piece overwritten": (
+                EXPECTED_COUNTS.format(**EXPECTED | {"before": "before = dict(expected)", "add": "= before[piece] +"}),
+                "add up every place where a piece fits",
+            ),
+            "a repeated piece counted once a way": (
+                """
+def expected_counts(words, probabilities):
+    def ways(word):
+        if not word:
+            return [([], 1.0)]
+        return [([word[:e], *pieces], probabilities[word[:e]] * p)
+                for e in range(1, len(word) + 1) if word[:e] in probabilities for pieces, p in ways(word[e:])]
+    expected = dict.fromkeys(probabilities, 0.0)
+    for word, count in words.items():
+        whole = sum(p for _, p in ways(word))
+        for pieces, p in ways(word):
+            for piece in set(pieces):
+                expected[piece] += count * p / whole
+    return expected
+
+def em_step(words, probabilities):
+    expected = expected_counts(words, probabilities)
+    return {piece: count / sum(expected.values()) for piece, count in expected.items()}
+""",
+                "holds 'a' three times, and you count it once",
+            ),
+            "each word overwrites the one before": (
+                EXPECTED_COUNTS.format(**EXPECTED | {"before": "expected = dict.fromkeys(probabilities, 0.0)"}),
+                "add up the words",
+            ),
+            "unused pieces lost": (
+                EXPECTED_COUNTS.format(
+                    **EXPECTED | {"new": "{p: c / sum(expected.values()) for p, c in expected.items() if c > 0}"}
+                ),
+                "no word uses the piece 'c': it stays",
+            ),
+            "unused pieces keep their probability": (
+                EXPECTED_COUNTS.format(
+                    **EXPECTED
+                    | {"new": "{p: c / sum(expected.values()) or probabilities[p] for p, c in expected.items()}"}
+                ),
+                "its new probability is 0.0, not 0.25",
+            ),
+            "changes its input": (
+                EXPECTED_COUNTS.format(
+                    **EXPECTED
+                    | {
+                        "new": "probabilities.update({p: c / sum(expected.values()) for p, c in expected.items()})"
+                        " or probabilities"
+                    }
+                ),
+                "make a new dict",
+            ),
+        },
+        "2.11": {
+            "no dummy prefix": (
+                fallback(marked="text.replace(' ', '▁')"),
+                "the dummy prefix, a ▁ before the text, is missing",
+            ),
+            "spaces dropped": (
+                fallback(marked="'▁' + text.replace(' ', '')"),
+                "you drop the space",
+            ),
+            "spaces as bytes": (fallback(marked="'▁' + text"), "not the byte <0x20>"),
+            "the underscore": (fallback(marked="'_' + text.replace(' ', '_')"), "not the underscore"),
+            "rows of spaces become one": (
+                fallback(marked="'▁' + '▁'.join(text.split())"),
+                "every space becomes a ▁",
+            ),
+            "one token for the character": (
+                fallback(spell=bytes_as("[f'<0x{piece.encode().hex().upper()}>']")),
+                "two tokens, <0xC3> and <0xA4>; you make one",
+            ),
+            "the character's number": (
+                fallback(spell=bytes_as("[f'<0x{ord(piece):02X}>']")),
+                "<0xE4> is its number in Unicode",
+            ),
+            "Latin-1": (
+                fallback(spell=bytes_as("[f'<0x{b:02X}>' for b in piece.encode('latin-1', 'replace')]")),
+                "encode the character to bytes first",
+            ),
+            "UTF-16": (
+                fallback(spell=bytes_as("[f'<0x{b:02X}>' for b in piece.encode('utf-16-le')]")),
+                "are the bytes of 'ä' in UTF-16",
+            ),
+            "small letters": (fallback(spell=bytes_as("[f'<0x{b:02x}>' for b in piece.encode()]")), "in capitals"),
+            "one digit": (
+                fallback(spell=bytes_as("[f'<0x{b:X}>' for b in piece.encode()]")),
+                "a tab is <0x09>, yours is <0x9>",
+            ),
+            "unknown": (fallback(spell=bytes_as("['<unk>']")), "not '<unk>'"),
+            "left as it is": (fallback(spell="pieces.append(piece)"), "you leave it as it is"),
+            "dropped": (fallback(spell=bytes_as("[]")), "and you drop it"),
+            "bytes for every piece of one character": (
+                fallback(
+                    spell="pieces.extend([piece] if len(piece) > 1 or piece == '▁' else "
+                    "[f'<0x{b:02X}>' for b in piece.encode()])"
+                ),
+                "'a' is a piece, so it needs no bytes",
+            ),
+            "bytes in reverse order": (
+                fallback(spell=bytes_as("[f'<0x{b:02X}>' for b in reversed(piece.encode())]")),
+                "yours stand in reverse order",
+            ),
+            "the space symbol kept": (
+                fallback(plain="piece.encode()"),
+                "▁ becomes a space again",
+            ),
+            "the dummy prefix kept": (
+                fallback(text="b''.join(out).decode(errors='replace')"),
+                "you leave a space before it",
+            ),
+            "the text stripped": (
+                fallback(text="b''.join(out).decode(errors='replace').strip()"),
+                "only one space is the dummy prefix, you take them all away",
+            ),
+            "spaces on the left stripped": (
+                fallback(text="b''.join(out).decode(errors='replace').lstrip()"),
+                "only one space is the dummy prefix",
+            ),
+            "spaces lost in decoding": (fallback(plain="piece.replace('▁', '').encode()"), "you lose the space"),
+            "each byte decoded alone": (
+                fallback(
+                    byte="bytes([int(piece[3:-1], 16)]).decode(errors='replace')",
+                    plain="piece.replace('▁', ' ')",
+                    text="''.join(out).removeprefix(' ')",
+                ),
+                "you decode each byte alone",
+            ),
+            "each byte is a character": (
+                fallback(
+                    byte="chr(int(piece[3:-1], 16))",
+                    plain="piece.replace('▁', ' ')",
+                    text="''.join(out).removeprefix(' ')",
+                ),
+                "you turn each byte into the character of that number",
+            ),
+            "byte tokens left as text": (fallback(byte="piece.encode()"), "byte tokens are bytes, not text"),
+            "damage hidden": (
+                fallback(text="b''.join(out).decode(errors='ignore').removeprefix(' ')"),
+                "must leave U+FFFD behind",
+            ),
+            "fails on half a character": (
+                fallback(text="b''.join(out).decode().removeprefix(' ')"),
+                "use errors='replace'",
+            ),
+            "bytes joined across a piece": (
+                """
+def encode_pieces(text, log_probs):
+    if not text:
+        return []
+    pieces = []
+    for piece in viterbi("▁" + text.replace(" ", "▁"), log_probs):
+        pieces.extend([piece] if piece in log_probs else [f"<0x{b:02X}>" for b in piece.encode()])
+    return pieces
+
+def decode_pieces(pieces):
+    out, waiting = "", b""
+    for piece in pieces:
+        if piece.startswith("<0x"):
+            waiting += bytes([int(piece[3:5], 16)])
+            try:
+                out += waiting.decode()
+                waiting = b""
+            except UnicodeDecodeError:
+                pass
+        else:
+            out += piece.replace("▁", " ")
+    return (out + waiting.decode(errors="replace")).removeprefix(" ")
+""",
+                "<0xE6> b spell",
+            ),
+        },
     }
 
 
@@ -533,3 +1260,94 @@ def test_the_solution_encodes_as_tokenizers_does(solution, merges, pieces, refer
     theirs = [token.encode() if token in special else spelled(token) for token in reference.encode(text).tokens]
     assert ours == theirs
     assert solution["decode"](ids, merges, special) == text
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    bare=st.sets(st.text("abc", min_size=1, max_size=3), min_size=1, max_size=8),
+    inside=st.sets(st.text("abc", min_size=1, max_size=3), max_size=8),
+    word=st.text("abc", min_size=1, max_size=12),
+)
+def test_the_solution_matches_pieces_as_tokenizers_does(solution, bare, inside, word):
+    vocabulary = bare | {"##" + piece for piece in inside}
+    model = WordPiece({piece: i for i, piece in enumerate(["[UNK]", *sorted(vocabulary)])}, unk_token="[UNK]")
+    assert solution["encode_wordpiece"](word, vocabulary) == Tokenizer(model).encode(word).tokens
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    log_probs=st.dictionaries(
+        st.text("abc", min_size=1, max_size=4), st.integers(-40, -1).map(lambda n: n / 4), min_size=1, max_size=12
+    ),
+    text=st.text("abcd", min_size=1, max_size=20),
+)
+def test_the_solution_finds_the_cut_that_tokenizers_finds(solution, log_probs, text):
+    """Quarters, whose sums are exact: where cuts are equally probable, the tie decides."""
+    model = Unigram([("<unk>", 0.0), *log_probs.items()], unk_id=0, byte_fallback=False)
+    lowest = min(log_probs.values())
+    assert lowest < 0.0  # "<unk>" is a piece too, and must not be the lowest
+    # It joins unknown characters that stand side by side: take both sides' ends of known pieces.
+    ours = joined([(piece, piece in log_probs) for piece in solution["viterbi"](text, log_probs)])
+    theirs = [text[start:end] for start, end in Tokenizer(model).encode(text).offsets]
+    assert ours == theirs
+
+
+def joined(pieces: list[tuple[str, bool]]) -> list[str]:
+    """Pieces, those that are unknown and side by side joined."""
+    out: list[str] = []
+    before = True
+    for piece, known in pieces:
+        if known or before:
+            out.append(piece)
+        else:
+            out[-1] += piece
+        before = known
+    return out
+
+
+@pytest.fixture(scope="module")
+def processor() -> sentencepiece.SentencePieceProcessor:
+    """A small Unigram model with byte fallback that leaves the text as it is; its scores are rounded to quarters, whose
+    sums are exact: `sentencepiece` adds in float32."""
+    model = io.BytesIO()
+    sentences = ["the lowest newer tower was lower than the newest low tower", "the widest was the slowest to grow"]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences * 10),
+        model_writer=model,
+        model_type="unigram",
+        vocab_size=400,
+        hard_vocab_limit=False,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        num_threads=1,
+        minloglevel=2,
+    )
+    rounded = sentencepiece_model_pb2.ModelProto.FromString(model.getvalue())
+    for piece in rounded.pieces:
+        piece.score = round(piece.score * 4) / 4
+    return sentencepiece.SentencePieceProcessor(model_proto=rounded.SerializeToString())
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    parts=st.lists(
+        st.one_of(
+            st.text(st.characters(exclude_categories=["Cs"], exclude_characters="▁\0"), max_size=4),
+            st.sampled_from(["low", "lowest", " ", "  ", "tower ", " the", "new", "<0x41>"]),
+        ),
+        max_size=8,
+    ),
+    soup=st.lists(st.integers(128, 255).map(lambda byte: f"<0x{byte:02X}>"), max_size=6),
+)
+def test_the_solution_spells_as_sentencepiece_does(solution, processor, parts, soup):
+    ids = range(processor.get_piece_size())
+    plain = [i for i in ids if not (processor.is_control(i) or processor.is_unknown(i) or processor.is_byte(i))]
+    log_probs = {processor.id_to_piece(i): processor.get_score(i) for i in plain}
+    text = "".join(parts)
+    pieces = solution["encode_pieces"](text, log_probs)
+    assert pieces == processor.encode(text, out_type=str)
+    assert solution["decode_pieces"](pieces) == text == processor.decode(pieces)
+    # Of a run of bytes that are no character, each becomes one U+FFFD there, and the run at least one here.
+    ours, theirs = (decode([*pieces, *soup]) for decode in (solution["decode_pieces"], processor.decode))
+    assert regex.sub("\ufffd+", "\ufffd", ours) == regex.sub("\ufffd+", "\ufffd", theirs)
