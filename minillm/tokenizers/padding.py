@@ -41,7 +41,9 @@ class Padding:
             raise ValueError(f"pad_token must be a str that is not empty, got {self.pad_token!r}")
         for name, least in (("pad_id", 0), ("pad_type_id", 0), ("length", 0), ("multiple_of", 1)):
             value = getattr(self, name)
-            if value is not None and index(value) < least:
+            if value is None and name in ("length", "multiple_of"):
+                continue
+            if index(value) < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         if self.side not in SIDES:
             raise ValueError(f"side must be one of {list(SIDES)}, got {self.side!r}")
