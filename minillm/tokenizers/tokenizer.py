@@ -170,6 +170,8 @@ class Tokenizer(ABC):
 
     def encode_batch(self, texts: Iterable[str], *, allow_special: bool = True) -> list[list[int]]:
         """`encode` for each of several texts."""
+        if isinstance(texts, str):
+            raise TypeError("texts must be an iterable of texts, got one str; for a single text use encode")
         return [self.encode(text, allow_special=allow_special) for text in texts]
 
     def encode_with_offsets(self, text: str, *, allow_special: bool = True) -> Encoding:
@@ -202,14 +204,22 @@ class Tokenizer(ABC):
         return [self._tokens[i] for i in self.encode(text)]
 
     def prepare(self, text: str, pair: str | None = None) -> Encoding:
-        """What a model is fed: a text, or two, with the template around it and cut to the greatest length."""
-        second = None if pair is None else self.encode_with_offsets(pair)
-        return prepare(self.encode_with_offsets(text), second, template=self.template, truncation=self.truncation)
+        """What a model is fed: a text, or two, cut to the greatest length, with the template around it, and padded."""
+        encoding = self._prepare_unpadded(text, pair)
+        return self.padding.apply([encoding])[0] if self.padding else encoding
 
     def prepare_batch(self, texts: Iterable[str | tuple[str, str]]) -> list[Encoding]:
-        """`prepare` for each text or pair of texts, then padding."""
-        batch = [self.prepare(text) if isinstance(text, str) else self.prepare(*text) for text in texts]
+        """`prepare` for several texts or pairs of texts, padded to one length."""
+        if isinstance(texts, str):
+            raise TypeError("texts must be an iterable of texts and pairs, got one str; for a single text use prepare")
+        batch = [
+            self._prepare_unpadded(text) if isinstance(text, str) else self._prepare_unpadded(*text) for text in texts
+        ]
         return self.padding.apply(batch) if self.padding else batch
+
+    def _prepare_unpadded(self, text: str, pair: str | None = None) -> Encoding:
+        second = None if pair is None else self.encode_with_offsets(pair)
+        return prepare(self.encode_with_offsets(text), second, template=self.template, truncation=self.truncation)
 
     # And back.
 
