@@ -54,8 +54,8 @@ def learn_wordpiece_plain(
 
     Args:
         word_counts: How often each word occurs.
-        tokens: The tokens to begin with, in the order of their ids. A character that is not among them is passed over,
-            as in `tokenizers`; one that is, and stands inside of a word, must be there with the prefix as well.
+        tokens: The tokens to begin with, in the order of their ids. A character that is not among them (and inside of a
+            word, with the prefix as well) is passed over, as in `tokenizers`.
         vocab_size: Stop when there are so many tokens, or no pair left.
         score: "likelihood" or "frequency".
         prefix: What a token begins with that continues a word.
@@ -71,8 +71,8 @@ def learn_wordpiece_plain(
         token_counts: Counter[int] = Counter()
         pair_counts: Counter[Pair] = Counter()
         for word, ids in words.items():
-            for token in ids:
-                token_counts[token] += word_counts[word]
+            for i in ids:
+                token_counts[i] += word_counts[word]
             for pair in pairwise(ids):
                 pair_counts[pair] += word_counts[word]
         scores = {
@@ -83,10 +83,11 @@ def learn_wordpiece_plain(
         if not scores:
             break
         best = min(scores, key=lambda pair: (-scores[pair], -pair_counts[pair], pair))
-        merged = id_of.setdefault(_joined(tokens[best[0]], tokens[best[1]], prefix), len(tokens))
-        if merged == len(tokens):
-            tokens.append(_joined(tokens[best[0]], tokens[best[1]], prefix))
-        words = {word: _merge_pair(ids, best, merged) for word, ids in words.items()}
+        token = _joined(tokens[best[0]], tokens[best[1]], prefix)
+        if token not in id_of:
+            id_of[token] = len(tokens)
+            tokens.append(token)
+        words = {word: _merge_pair(ids, best, id_of[token]) for word, ids in words.items()}
     return tokens
 
 
@@ -113,8 +114,8 @@ def learn_wordpiece(
     pair_counts: dict[str, int] = defaultdict(int)
     found_in: dict[str, list[int]] = defaultdict(list)
     for i, word in enumerate(words):
-        for token in word:
-            token_counts[ord(token)] += counts[i]
+        for character in word:
+            token_counts[ord(character)] += counts[i]
         for left, right in pairwise(word):
             pair_counts[left + right] += counts[i]
             found_in[left + right].append(i)
@@ -123,7 +124,8 @@ def learn_wordpiece(
     while len(tokens) < vocab_size and (pair := table.best()):
         left, right = pair[0], pair[1]
         token = _joined(tokens[ord(left)], tokens[ord(right)], prefix)
-        if id_of.setdefault(token, len(tokens)) == len(tokens):
+        if token not in id_of:
+            id_of[token] = len(tokens)
             tokens.append(token)
         merged = chr(id_of[token])
         changes: dict[str, int] = defaultdict(int)
@@ -145,8 +147,8 @@ def learn_wordpiece(
             if end > 0:  # else the word has lost the pair to another merge since it was found there
                 words[i] = word.replace(pair, merged)
         changes[pair] -= n_merged
-        for token_id, change in ((left, -n_merged), (right, -n_merged), (merged, n_merged)):
-            token_counts[ord(token_id)] += change
+        for character, change in ((left, -n_merged), (right, -n_merged), (merged, n_merged)):
+            token_counts[ord(character)] += change
         for changed, change in changes.items():
             pair_counts[changed] += change
         table.update(changes, pair_counts)
@@ -191,33 +193,30 @@ class _PairTable:
     def best(self) -> str:
         """The pair with the highest score, by the rule of `learn_wordpiece_plain`; an empty string if there is none.
 
-        Floating point finds the few that may be best; integers decide, so that no tie is broken by rounding. Two
-        different fractions with denominators below 2^64 are more than 2^-128 apart, so that after multiplication by
-        2^128 their integer parts differ.
+        Floating point finds the few that may be best, with a margin above its rounding; integers decide, so that no tie
+        is made or broken by rounding. Two different fractions with denominators below 2^126 are more than 2^-252 apart:
+        multiplied by 2^256, their integer parts differ.
         """
         if not self._pairs:
             return ""
-        left, right, count = self._table[:, : len(self._pairs)]
+        lefts, rights, counts = self._table[:, : len(self._pairs)]
         if self._score == "frequency":
-            near = np.flatnonzero(count == count.max())
+            near = np.flatnonzero(counts == counts.max())
         else:
             frequency = self._token_counts.astype(np.float64)
-            scores = count / (frequency[left] * frequency[right])
-            near = np.flatnonzero(scores >= scores.max() * (1 - 2.0**-50))
+            scores = counts / (frequency[lefts] * frequency[rights])
+            near = np.flatnonzero(scores >= scores.max() * (1 - 2.0**-48))
+        candidates = zip(near.tolist(), *self._table[:, near].tolist(), strict=True)
         keys = [
-            (-((n << 128) // (f * g)) if self._score == "likelihood" else -n, -n, a, b, row)
-            for n, f, g, a, b, row in zip(
-                count[near].tolist(),
-                self._token_counts[left[near]].tolist(),
-                self._token_counts[right[near]].tolist(),
-                left[near].tolist(),
-                right[near].tolist(),
-                near.tolist(),
-                strict=True,
-            )
+            (-self._exact_score(left, right, count), -count, left, right, row) for row, left, right, count in candidates
         ]
-        row: int = min(keys)[-1]
-        return self._pairs[row]
+        best_row: int = min(keys)[-1]
+        return self._pairs[best_row]
+
+    def _exact_score(self, left: int, right: int, count: int) -> int:
+        if self._score == "frequency":
+            return count
+        return (count << 256) // (int(self._token_counts[left]) * int(self._token_counts[right]))
 
 
 def _joined(left: str, right: str, prefix: str) -> str:
@@ -226,8 +225,8 @@ def _joined(left: str, right: str, prefix: str) -> str:
 
 
 def _spell(word: str, id_of: Mapping[str, int], prefix: str) -> list[int]:
-    known = [(at, character) for at, character in enumerate(word) if character in id_of]
-    return [id_of[prefix + character if at > 0 else character] for at, character in known]
+    spelled = [(character, prefix + character if at > 0 else character) for at, character in enumerate(word)]
+    return [id_of[token] for character, token in spelled if character in id_of and token in id_of]
 
 
 def _merge_pair(ids: Sequence[int], pair: Pair, merged: int) -> list[int]:

@@ -37,8 +37,8 @@ def learn_vocabulary(
         score: "likelihood" or "frequency".
         special_tokens: The first ids.
         prefix: What a token begins with that continues a word.
-        min_frequency: Learn no token from a pair that occurs less often. None: 1 for "frequency"; for "likelihood" the
-            highest that fills the vocabulary, or not far below it: found by trying.
+        min_frequency: Learn no token from a pair that occurs less often. None: 1 for "frequency"; for "likelihood"
+            about the highest that fills the vocabulary, at most the mean frequency of a token (words / vocab_size).
         initial_alphabet: Characters to have even if no word does.
         limit_alphabet: Keep only so many characters, the initial alphabet and the most frequent others.
 
@@ -65,7 +65,7 @@ def learn_vocabulary(
     learn = partial(learn_wordpiece, word_counts, tokens, vocab_size, score=score, prefix=prefix)
     if score == "frequency" or min_frequency is not None:
         return learn(min_frequency=min_frequency or 1)
-    # A token occurs words / vocab_size times or more on average. From there down, by a power law that never steps far.
+    # A lower threshold gives more tokens by something like a power law, and this one takes short enough steps.
     trial = max(1, sum(word_counts.values()) // vocab_size)
     while len(vocabulary := learn(min_frequency=trial)) < vocab_size and trial > 1:
         trial = max(1, min(trial - 1, int(trial * (len(vocabulary) / vocab_size) ** 1.5)))
