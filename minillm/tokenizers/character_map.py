@@ -73,7 +73,9 @@ class CharacterMap:
         self._protected = re.compile("|".join(map(re.escape, protected)) or _NOTHING)
         # Text is cut into stretches in which only single characters are replaced, which is fast, and the rest.
         self._single = re.compile(_one_of(self._trie.single.difference(protected)) if self._trie else _NOTHING)
-        self._several = re.compile(_runs(self._trie, protected) if self._trie else _NOTHING)
+        self._several = re.compile(_runs(self._trie, protected))
+        # Whether two spaces in a row may be the doing of one rule, or stand in a protected text.
+        self.keeps_double_spaces = b"  " in self._replacements or any("  " in text for text in protected)
         self._characters = _CharacterTable(self._single, self._rules_at)
 
     def __call__(self, text: str) -> str:
@@ -96,9 +98,9 @@ class CharacterMap:
         characters: list[str] = []
         starts: list[int] = []
         ends: list[int] = []
-        for start, end, replacement in self._steps(text.text):
+        for start, end, replacement, by_rule in self._steps(text.text):
             characters.append(replacement)
-            if replacement == text.text[start:end]:
+            if not by_rule:
                 starts += text.starts[start:end]
                 ends += text.ends[start:end]
             elif self.by_grapheme:
@@ -109,6 +111,14 @@ class CharacterMap:
                 starts += [text.starts[start]] * len(replacement)
                 ends += [text.ends[end - 1]] * len(replacement)
         return AlignedText("".join(characters), starts, ends)
+
+    def steps(self, text: str) -> Iterator[tuple[int, str]]:
+        """(start, what replaces it) of each match of a rule, each protected text and each other character, in order."""
+        for start, _, replacement, by_rule in self._steps(text) if text else ():
+            if by_rule:
+                yield start, replacement
+            else:
+                yield from enumerate(replacement, start)
 
     def to_json(self) -> dict[str, Any]:
         """The "Precompiled" normalizer of a tokenizer.json, which is always read by grapheme."""
@@ -146,19 +156,23 @@ class CharacterMap:
                 self._cache[text] = known
         return known
 
-    def _steps(self, text: str) -> Iterator[tuple[int, int, str]]:
-        """(start, end, replacement of text[start:end]), from the first character to the last."""
+    def _steps(self, text: str) -> Iterator[tuple[int, int, str, bool]]:
+        """(start, end, replacement, whether there was a rule) of text[start:end], from the first character to the last.
+
+        A text that is protected counts as replaced by itself; stretches without rules are put together.
+        """
         at = 0
         for n, part in enumerate(self._parts(text)):
             if n % 2:
-                yield from ((at + start, at + end, replacement) for start, end, replacement in self._walk(part))
+                for start, end, replacement in self._walk(part):
+                    yield at + start, at + end, replacement, True
             else:
                 done = 0
                 for match in self._single.finditer(part):
-                    yield at + done, at + match.start(), part[done : match.start()]
-                    yield at + match.start(), at + match.end(), match.group().translate(self._characters)
+                    yield at + done, at + match.start(), part[done : match.start()], False
+                    yield at + match.start(), at + match.end(), match.group().translate(self._characters), True
                     done = match.end()
-                yield at + done, at + len(part), part[done:]
+                yield at + done, at + len(part), part[done:], False
             at += len(part)
 
     def _walk(self, text: str) -> Iterator[tuple[int, int, str]]:
@@ -325,14 +339,17 @@ def _one_of(characters: Iterable[str]) -> str:
     return f"[{''.join(ranges)}]" if codes else _NOTHING
 
 
-def _runs(trie: DoubleArrayTrie, protected: list[str]) -> str:
+def _runs(trie: DoubleArrayTrie | None, protected: list[str]) -> str:
     """A pattern that finds each place at which a rule for several characters or a protected text may begin, all of it.
 
     A text of several characters begins with one of few and goes on with some of few (combining marks, mostly). None
     reaches beyond a run of the latter, so that runs can be looked at one by one.
     """
-    first = trie.first.union(text[0] for text in protected if len(text) > 1)
-    following = trie.following.union(character for text in protected for character in text[1:])
+    first = {text[0] for text in protected if len(text) > 1}
+    following = {character for text in protected for character in text[1:]}
+    if trie is not None:
+        first |= trie.first
+        following |= trie.following
     if not first or not following:
         return _NOTHING
     # What begins a long rule is any letter, what follows is rare: looking for one range first is five times as fast.

@@ -66,7 +66,8 @@ class PieceMerger:
     @classmethod
     def of_merges(cls, merges: Iterable[tuple[str, str]]) -> PieceMerger:
         """For merging pairs in a given order, as `tokenizers` does: of two equal merges the later one counts."""
-        return cls({f"{left}\0{right}": rank for rank, (left, right) in enumerate(merges)}, joint="\0")
+        joint = "\ud800"  # occurs in no text
+        return cls({left + joint + right: rank for rank, (left, right) in enumerate(merges)}, joint=joint)
 
     def merge(self, word: str) -> list[str]:
         """The pieces of one word: O(n^2) with a tiny constant if it is short, else O(n log n)."""

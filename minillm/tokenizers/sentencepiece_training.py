@@ -70,6 +70,7 @@ class PieceShape:
 
 # Only these digits, narrow and wide, are digits to SentencePiece.
 _DIGIT = re.compile("[0-9０-９]")
+_DIGIT_APART = re.compile("([0-9０-９])")
 _ANY = -1
 _OTHER_SCRIPTS = [script for script in SCRIPTS if script != "Inherited"]
 _SCRIPT = regex.compile(
@@ -139,6 +140,15 @@ def count_words(
             for part in filter(None, apart.split(word)):
                 words[part] += count
     return Counts(dict(words), alphabet)
+
+
+def cut_digits(words: Mapping[str, int]) -> dict[str, int]:
+    """Words in which each digit 0-9 stands alone, for trainers that do not ask which texts may be a piece."""
+    out: Counter[str] = Counter()
+    for word, count in words.items():
+        for part in filter(None, _DIGIT_APART.split(word)):
+            out[part] += count
+    return dict(out)
 
 
 def _covering(characters: Mapping[str, int], coverage: float) -> dict[str, int]:
