@@ -69,18 +69,14 @@ class Metaspace:
         prepends = self.prepend_scheme == "always" or (self.prepend_scheme == "first" and at_start)
         return self.replacement if prepends and text[0] != " " else ""
 
-    def align(self, text: AlignedText, *, at_start: bool | None = None) -> list[AlignedText]:
+    def align(self, text: AlignedText) -> list[AlignedText]:
         """The same pieces, and where their characters come from; a symbol put in front, from the first character.
 
-        Args:
-            text: Any text.
-            at_start: Whether `text` begins where the user's text does; None: if its first character comes from there.
+        The user's text begins here if the first character comes from its first one: not if a normalizer took that away.
         """
         if not text.text:
             return []
-        if at_start is None:
-            at_start = text.starts[0] == 0
-        if prefix := self._prefix(text.text.replace(self.replacement, " "), at_start):
+        if prefix := self._prefix(text.text.replace(self.replacement, " "), text.starts[0] == 0):
             text = AlignedText(prefix + text.text, [text.starts[0], *text.starts], [text.ends[0], *text.ends])
         text = AlignedText(text.text.replace(" ", self.replacement), text.starts, text.ends)
         pieces = []

@@ -7,7 +7,8 @@ no more than NFC or NFKC; BERT's, made for understanding, drops case and accents
 other (`NormalizerSequence`), remember where each character came from (`align`), and are written in a tokenizer.json as
 Hugging Face's `tokenizers` does, whose results they give.
 
-Unicode's normal forms are in `unicode_forms`, BERT's rules in `bert_text`, SentencePiece's table in `character_map`.
+Unicode's normal forms are in `unicode_forms`, what replaces, adds and takes away in `replacement`, BERT's rules in
+`bert_text`, SentencePiece's table in `character_map`.
 Classes of characters are those of the installed `regex` library, so that every Python gives the same.
 """
 
@@ -18,13 +19,13 @@ from typing import Any, Protocol
 
 import regex
 
-from minillm.tokenizers.added_tokens import WHITE_SPACE
 from minillm.tokenizers.aligned_text import AlignedText
 from minillm.tokenizers.bert_text import BertNormalizer
 from minillm.tokenizers.character_table import CharacterTable
 from minillm.tokenizers.json_file import kind
 from minillm.tokenizers.json_options import read_options, read_parts
-from minillm.tokenizers.text_pattern import Regex, compile_pattern, find_matches, pattern_from_json, pattern_to_json
+from minillm.tokenizers.replacement import Prepend, Replace, Strip, collapse_white_space, remove_control_characters
+from minillm.tokenizers.text_pattern import Regex, pattern_from_json
 from minillm.tokenizers.unicode_forms import NFC, NFD, NFKC, NFKD
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "Normalizer",
     "NormalizerSequence",
     "Prepend",
+    "Regex",
     "Replace",
     "Strip",
     "StripAccents",
@@ -101,113 +103,6 @@ def _nothing_if_mark(character: str) -> str:
     return "" if _MARK.match(character) else character
 
 
-class Strip:
-    """Without white space at the text's begin and end.
-
-    Args:
-        left, right: On which sides.
-    """
-
-    def __init__(self, left: bool = True, right: bool = True) -> None:
-        self.left = left
-        self.right = right
-
-    def __call__(self, text: str) -> str:
-        start, end = self._kept(text)
-        return text[start:end]
-
-    def align(self, text: AlignedText) -> AlignedText:
-        return text.slice(*self._kept(text.text))
-
-    def _kept(self, text: str) -> tuple[int, int]:
-        start = len(text) - len(text.lstrip(WHITE_SPACE)) if self.left else 0
-        end = len(text.rstrip(WHITE_SPACE)) if self.right else len(text)
-        return start, max(start, end)
-
-    def to_json(self) -> dict[str, Any]:
-        return {"type": "Strip", "strip_left": self.left, "strip_right": self.right}
-
-
-class Replace:
-    """Every match of a pattern replaced.
-
-    A replacement comes from all of its match, or, if that is empty, from the empty stretch behind the character before
-    it. (`tokenizers` gives it the place of the last character of the match; of the character before it.)
-
-    Args:
-        pattern: A str as it is, or a `Regex`.
-        content: What to put in place of each match; nothing in it is read as a reference.
-
-    Raises:
-        TypeError: `pattern` or `content` has another type.
-    """
-
-    def __init__(self, pattern: str | Regex, content: str) -> None:
-        self._compiled = compile_pattern(pattern)
-        if not isinstance(content, str):
-            raise TypeError(f"content must be a str, got {type(content).__name__}")
-        self.pattern = pattern
-        self.content = content
-
-    def __call__(self, text: str) -> str:
-        if self.pattern and isinstance(self.pattern, str):
-            return text.replace(self.pattern, self.content)
-        parts: list[str] = []
-        done = 0
-        for start, end in find_matches(self._compiled, text):
-            parts += text[done:start], self.content
-            done = end
-        parts.append(text[done:])
-        return "".join(parts)
-
-    def align(self, text: AlignedText) -> AlignedText:
-        parts: list[str] = []
-        starts: list[int] = []
-        ends: list[int] = []
-        done = 0
-        for start, end in find_matches(self._compiled, text.text):
-            if start < end:
-                origin = text.span(start, end)
-            else:
-                place = text.ends[start - 1] if start else min(text.starts[:1], default=0)
-                origin = place, place
-            parts += text.text[done:start], self.content
-            starts += *text.starts[done:start], *[origin[0]] * len(self.content)
-            ends += *text.ends[done:start], *[origin[1]] * len(self.content)
-            done = end
-        parts.append(text.text[done:])
-        return AlignedText("".join(parts), [*starts, *text.starts[done:]], [*ends, *text.ends[done:]])
-
-    def to_json(self) -> dict[str, Any]:
-        return {"type": "Replace", "pattern": pattern_to_json(self.pattern), "content": self.content}
-
-
-class Prepend:
-    """Something put in front of a text, unless the text is empty; it comes from where the first character does.
-
-    Args:
-        content: What to put there.
-    """
-
-    def __init__(self, content: str) -> None:
-        if not isinstance(content, str):
-            raise TypeError(f"content must be a str, got {type(content).__name__}")
-        self.content = content
-
-    def __call__(self, text: str) -> str:
-        return self.content + text if text else text
-
-    def align(self, text: AlignedText) -> AlignedText:
-        if not text.text:
-            return text
-        n = len(self.content)
-        starts, ends = [text.starts[0]] * n, [text.ends[0]] * n
-        return AlignedText(self.content + text.text, [*starts, *text.starts], [*ends, *text.ends])
-
-    def to_json(self) -> dict[str, Any]:
-        return {"type": "Prepend", "prepend": self.content}
-
-
 class Nmt:
     """Control characters removed, and spaces of all kinds made plain ones, as SentencePiece's `nmt` rules do it."""
 
@@ -225,16 +120,6 @@ class Nmt:
 _NMT = dict.fromkeys([*range(1, 32), 0x7F, 0x8F, 0x9F], "") | dict.fromkeys(
     [9, 10, 12, 13, 0x1680, *range(0x200B, 0x2010), 0x2028, 0x2029, 0x2581, 0xFEFF, 0xFFFD], " "
 )
-
-
-def remove_control_characters() -> Replace:
-    """Without the control characters of ASCII and Latin-1 (Unicode's Cc), but for tab, line feed, carriage return."""
-    return Replace(Regex(r"[\x00-\x08\x0B\x0C\x0E-\x1F\u007F-\u009F]"), "")
-
-
-def collapse_white_space() -> Replace:
-    """Each run of white space, of whatever kind, made one plain space."""
-    return Replace(Regex(r"\s{2,}|[^\S ]"), " ")
 
 
 class NormalizerSequence:

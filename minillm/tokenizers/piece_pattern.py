@@ -50,7 +50,7 @@ class PiecePattern:
     def _split(self, text: str) -> list[str]:
         return self.split_ascii(text) if text.isascii() else self.split_unicode(text)
 
-    def align(self, text: AlignedText, *, at_start: bool | None = None) -> list[AlignedText]:
+    def align(self, text: AlignedText) -> list[AlignedText]:
         """The same pieces, and where their characters come from."""
         pieces = []
         end = 0

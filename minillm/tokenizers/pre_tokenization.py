@@ -9,7 +9,8 @@ Words, numbers and punctuation kept apart make a vocabulary of parts of words, a
 to a piece: pieces repeat. Each pre-tokenizer gives the pieces of the one of that name in Hugging Face's `tokenizers`,
 and is written in a tokenizer.json as it is there.
 
-BERT's is in `bert_text`, SentencePiece's in `metaspace` and `unicode_scripts`, those of GPT in `split_patterns`.
+Patterns of one's own are in `split`, punctuation and digits in `character_split`, BERT's way is in `bert_text`,
+SentencePiece's in `metaspace` and `unicode_scripts`, those of GPT in `split_patterns`.
 Classes of characters are those of the installed `regex` library, so that every Python gives the same.
 """
 
@@ -22,12 +23,13 @@ from typing import Any, Protocol
 import regex
 
 from minillm.tokenizers.aligned_text import AlignedText
-from minillm.tokenizers.bert_text import ASCII_PUNCTUATION, PUNCTUATION_CLASS, BertPreTokenizer
+from minillm.tokenizers.bert_text import BertPreTokenizer
+from minillm.tokenizers.character_split import Digits, Punctuation
 from minillm.tokenizers.json_file import kind
 from minillm.tokenizers.json_options import read_options, read_parts
 from minillm.tokenizers.metaspace import Metaspace
 from minillm.tokenizers.piece_pattern import PiecePattern
-from minillm.tokenizers.split import BEHAVIORS, Split, check_behavior
+from minillm.tokenizers.split import BEHAVIORS, Split
 from minillm.tokenizers.split_patterns import SPLIT_PATTERNS
 from minillm.tokenizers.text_pattern import Regex, pattern_from_json
 from minillm.tokenizers.unicode_scripts import UnicodeScripts
@@ -39,6 +41,7 @@ __all__ = [
     "PreTokenizer",
     "PreTokenizerSequence",
     "Punctuation",
+    "Regex",
     "Split",
     "UnicodeScripts",
     "Whitespace",
@@ -47,14 +50,17 @@ __all__ = [
 ]
 
 
+REMEMBERED_PIECES = 1 << 14
+
+
 class PreTokenizer(Protocol):
     """A way of cutting text into pieces."""
 
     def split(self, text: str, *, at_start: bool = True) -> Iterator[list[str]]:
         """Yield the pieces of `text` in order, some at a time; `at_start`: it begins where the user's text does."""
 
-    def align(self, text: AlignedText, *, at_start: bool | None = None) -> list[AlignedText]:
-        """The same pieces, and where their characters come from; `at_start` None: if the first comes from there."""
+    def align(self, text: AlignedText) -> list[AlignedText]:
+        """The same pieces, and where their characters come from; one that comes from 0 begins the user's text."""
 
     def to_json(self) -> dict[str, Any]:
         """Its part of a tokenizer.json."""
@@ -89,61 +95,6 @@ def _split_at_white_space(text: str) -> list[str]:
     return _NO_WHITE_SPACE.findall(text) if _SEPARATORS.search(text) else text.split()
 
 
-class _CharacterSplit(PiecePattern):
-    """Cuts at each character of a class, in one of the ways that `Split` has.
-
-    Args:
-        unicode_class, ascii_class: The class, as `regex` and as `re` write it between brackets. Letters and the space
-            are not in it.
-        behavior: See `Split`.
-    """
-
-    def __init__(self, unicode_class: str, ascii_class: str, behavior: str) -> None:
-        check_behavior(behavior)
-        pieces = {
-            "removed": "[^{0}]+",
-            "isolated": "[^{0}]+|[{0}]",
-            "contiguous": "[^{0}]+|[{0}]+",
-            "merged_with_previous": "[^{0}]+[{0}]?|[{0}]",
-            "merged_with_next": "[{0}]?[^{0}]+|[{0}]",
-        }[behavior]
-        super().__init__(
-            regex.compile(pieces.format(unicode_class)).findall,
-            re.compile(pieces.format(ascii_class)).findall,
-            f"[A-Za-z ](?=[{ascii_class}])" if behavior == "merged_with_next" else f"[{ascii_class}](?=[A-Za-z ])",
-        )
-
-
-class Punctuation(_CharacterSplit):
-    """Cuts at each punctuation character, as BERT understands punctuation (see `bert_text`).
-
-    Args:
-        behavior: What becomes of it, see `Split`.
-    """
-
-    def __init__(self, behavior: str = "isolated") -> None:
-        super().__init__(PUNCTUATION_CLASS, re.escape(ASCII_PUNCTUATION), behavior)
-        self.behavior = behavior
-
-    def to_json(self) -> dict[str, Any]:
-        return {"type": "Punctuation", "behavior": BEHAVIORS[self.behavior]}
-
-
-class Digits(_CharacterSplit):
-    """Cuts between numbers and all else; a number is made of Unicode's digits, fractions, Roman numerals and so on.
-
-    Args:
-        individual_digits: Also cuts between digits, so that all numbers are spelled in the same way.
-    """
-
-    def __init__(self, individual_digits: bool = False) -> None:
-        super().__init__(r"\p{N}", "0-9", "isolated" if individual_digits else "contiguous")
-        self.individual_digits = individual_digits
-
-    def to_json(self) -> dict[str, Any]:
-        return {"type": "Digits", "individual_digits": self.individual_digits}
-
-
 class PreTokenizerSequence:
     """Several pre-tokenizers: each cuts the pieces that the one before it made."""
 
@@ -153,32 +104,32 @@ class PreTokenizerSequence:
         self._needs_places = any(_treats_start_apart(step) for step in self.pre_tokenizers[1:])
 
     def split(self, text: str, *, at_start: bool = True) -> Iterator[list[str]]:
-        if self._needs_places:
-            yield [piece.text for piece in self.align(AlignedText.of(text), at_start=at_start)]
-        else:
-            yield from self._split(text, self.pre_tokenizers, at_start)
-
-    def _split(self, text: str, steps: list[PreTokenizer], at_start: bool) -> Iterator[list[str]]:
-        if not steps:
-            yield [text] if text else []
+        if self._needs_places or not self.pre_tokenizers:
+            shift = 0 if at_start else 1
+            place = range(shift, len(text) + shift)
+            yield [piece.text for piece in self.align(AlignedText(text, place, place))]
             return
-        for block in steps[0].split(text, at_start=at_start):
-            for step in steps[1:]:
-                block = [small for piece in block for part in step.split(piece, at_start=False) for small in part]
-            yield block
+        cut: dict[str, list[str]] = {}  # pieces repeat
+        for block in self.pre_tokenizers[0].split(text, at_start=at_start):
+            pieces: list[str] = []
+            for piece in block:
+                if piece not in cut:
+                    if len(cut) == REMEMBERED_PIECES:
+                        cut.clear()
+                    cut[piece] = self._cut_further(piece)
+                pieces += cut[piece]
+            yield pieces
 
-    def align(self, text: AlignedText, *, at_start: bool | None = None) -> list[AlignedText]:
-        if not text.text:
-            return []
-        if at_start is None:
-            at_start = text.starts[0] == 0
-        pieces = [text]
+    def _cut_further(self, piece: str) -> list[str]:
+        pieces = [piece]
+        for step in self.pre_tokenizers[1:]:
+            pieces = [small for piece in pieces for block in step.split(piece, at_start=False) for small in block]
+        return pieces
+
+    def align(self, text: AlignedText) -> list[AlignedText]:
+        pieces = [text] if text.text else []
         for step in self.pre_tokenizers:
-            cut = []
-            for i, piece in enumerate(pieces):
-                begins = at_start and i == 0 and piece.starts[0] == text.starts[0]
-                cut += step.align(piece, at_start=begins)
-            pieces = cut
+            pieces = [small for piece in pieces for small in step.align(piece)]
         return pieces
 
     def to_json(self) -> dict[str, Any]:
@@ -241,7 +192,10 @@ def _read_split(part: Mapping[str, Any]) -> PreTokenizer:
 
 
 def _read_character_split(part: Mapping[str, Any]) -> PreTokenizer:
-    return Split(read_options(part, delimiter=(str,))["delimiter"], "removed")
+    delimiter = read_options(part, delimiter=(str,))["delimiter"]
+    if len(delimiter) != 1:
+        raise ValueError(f"delimiter must be one character, got {delimiter!r}")
+    return Split(delimiter, "removed")
 
 
 def _read_metaspace(part: Mapping[str, Any]) -> PreTokenizer:

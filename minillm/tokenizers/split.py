@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -41,27 +42,32 @@ class Split:
     """
 
     def __init__(self, pattern: str | Regex, behavior: str, *, invert: bool = False) -> None:
-        check_behavior(behavior)
+        pieces = character_pieces(behavior)
         self._compiled = compile_pattern(pattern)
         self.pattern = pattern
         self.behavior = behavior
         self.invert = invert
-        # All matches, and nothing else, are the pieces: often at once, if every character is in a match.
-        self._keeps_matches = self._compiled.groups == 0 and (behavior, invert) in (
-            ("isolated", False),
-            ("removed", True),
-        )
+        # Two fast ways. At one character: the pieces are the matches of another pattern.
+        self._cut_at_character = None
+        if isinstance(pattern, str) and len(pattern) == 1 and not invert:
+            self._cut_at_character = re.compile(pieces.format(re.escape(pattern))).findall
+        # Patterns made to match every piece of a text, as those of GPT are: the pieces are their matches.
+        keeps_matches = (behavior, invert) in (("isolated", False), ("removed", True))
+        self._find_all = self._compiled.findall if keeps_matches and self._compiled.groups == 0 else None
 
     def split(self, text: str, *, at_start: bool = True) -> Iterator[list[str]]:
-        """Yield the pieces of `text` in order, all at once."""
-        if self._keeps_matches:
-            pieces = self._compiled.findall(text)
-            if sum(map(len, pieces)) == len(text) and "" not in pieces:
+        """Yield the pieces of `text` in order, all at once; `at_start` is of no consequence here."""
+        if self._cut_at_character:
+            yield self._cut_at_character(text)
+            return
+        if self._find_all:
+            pieces = self._find_all(text)
+            if "" not in pieces and sum(map(len, pieces)) == len(text):
                 yield pieces
                 return
         yield [text[start:end] for start, end in self._spans(text)]
 
-    def align(self, text: AlignedText, *, at_start: bool | None = None) -> list[AlignedText]:
+    def align(self, text: AlignedText) -> list[AlignedText]:
         """The same pieces, and where their characters come from."""
         return [text.slice(start, end) for start, end in self._spans(text.text)]
 
@@ -108,7 +114,18 @@ def _join(parts: list[tuple[Span, bool]], behavior: str) -> list[Span]:
     return spans[::-1] if behavior == "merged_with_next" else spans
 
 
-def check_behavior(behavior: object) -> None:
-    """ValueError unless it is one of those that `Split` knows."""
+def character_pieces(behavior: str) -> str:
+    """The pattern of the pieces, if what matches is one character: "{0}" stands for its class, written in brackets.
+
+    Raises:
+        ValueError: `behavior` is not one of those that `Split` knows.
+    """
     if behavior not in BEHAVIORS:
         raise ValueError(f"behavior must be one of {', '.join(map(repr, BEHAVIORS))}, got {behavior!r}")
+    return {
+        "removed": "[^{0}]+",
+        "isolated": "[^{0}]+|[{0}]",
+        "merged_with_previous": "[^{0}]+[{0}]?|[{0}]",
+        "merged_with_next": "[{0}]?[^{0}]+|[{0}]",
+        "contiguous": "[^{0}]+|[{0}]+",
+    }[behavior]

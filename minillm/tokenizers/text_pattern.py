@@ -1,9 +1,10 @@
 r"""What to look for in a text: a string as it is, or a regular expression.
 
-Files of Hugging Face's `tokenizers` hold regular expressions in the syntax of Ruby's engine, Oniguruma. The `regex`
-library reads nearly all of them as they are. Four things are seen to here: `^` and `$` match at every line's begin and
-end; `&&` in a class intersects; `(?m` and `\h`, `\H`, `\R`'s like that mean something else there are refused rather
-than misread; and where matches may be empty, the search goes on as theirs does (see `find_matches`).
+Files of Hugging Face's `tokenizers` hold regular expressions as Oniguruma, Ruby's engine, reads them. The `regex`
+library reads most of them in the same way, given some care: `^` and `$` match at the begin and end of every line, `&&`
+and brackets within brackets make classes out of classes, and the search goes on in another way after an empty match.
+What it would read differently is refused. A difference remains in eight characters: `\w` and `\b` take ¹²³¼½¾ for parts
+of words there, here U+200C and U+200D.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ from typing import Any
 
 import regex
 
-# What Oniguruma reads in another way: (?m: there lets the dot match line ends, \h there is a hexadecimal digit.
-_READ_DIFFERENTLY = re.compile(r"(?<!\\)(?:\\\\)*(\(\?[a-z]*[msx]|\\[hHZGK])")
+# (?m: is there what (?s: is here, \h is a hexadecimal digit, \Z may have a line end behind it.
+_READ_DIFFERENTLY = re.compile(r"(?<!\\)(?:\\\\)*(\(\?[a-z]*[ms][a-z]*[-:)]|\\[hHRZ])")
+# A class inside of a class, other than [:alpha:] and the like, or an intersection: version 1 of `regex` reads these.
+_NESTED_CLASS = re.compile(r"&&|(?<!\\)(?:\\\\)*\[\^?\]?(?:[^\]\\\[]|\\.|\[:)*\[(?!:)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class Regex:
         if found := _READ_DIFFERENTLY.search(self.pattern):
             raise ValueError(f"pattern {self.pattern!r} must not use {found[1]!r}: engines read it differently")
         try:
-            flags = regex.MULTILINE | (regex.VERSION1 if "&&" in self.pattern else regex.VERSION0)
+            flags = regex.MULTILINE | (regex.VERSION1 if _NESTED_CLASS.search(self.pattern) else regex.VERSION0)
             object.__setattr__(self, "compiled", regex.compile(self.pattern, flags))
         except regex.error as error:
             raise ValueError(f"pattern {self.pattern!r} is not a regular expression: {error}") from None
@@ -56,11 +59,13 @@ def compile_pattern(pattern: str | Regex) -> re.Pattern[str] | regex.Pattern[str
 
 
 def find_matches(compiled: re.Pattern[str] | regex.Pattern[str], text: str) -> Iterator[tuple[int, int]]:
-    """(start, end) of all matches, from left to right.
+    """(start, end) of all matches, from left to right; none in an empty text.
 
     No match is empty right behind another match: in its stead, the search goes on one character further (`finditer`
     would let it pass and then try for a longer one at the same place).
     """
+    if not text:
+        return
     position = 0
     for match in compiled.finditer(text):
         start, end = match.span()
