@@ -7,7 +7,7 @@ and every other is unknown. How much of a text is lost in this way is the out-of
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from operator import index, itemgetter
+from operator import index
 from typing import Any, Self
 
 from minillm.tokenizers.added_tokens import AddedToken
@@ -19,6 +19,7 @@ from minillm.tokenizers.pre_tokenization import PreTokenizer
 from minillm.tokenizers.template import Template
 from minillm.tokenizers.tokenizer import MAX_VOCAB_SIZE, Tokenizer, count_pieces
 from minillm.tokenizers.truncation import Truncation
+from minillm.tokenizers.vocabulary_json import vocabulary_from_json, vocabulary_to_json
 
 
 class WordLevelTokenizer(Tokenizer):
@@ -90,8 +91,7 @@ class WordLevelTokenizer(Tokenizer):
         return self.separator.join(map(self._tokens.__getitem__, ids))
 
     def _model_json(self) -> dict[str, Any]:
-        vocabulary = dict(sorted(self._vocabulary.items(), key=itemgetter(1)))
-        return {"type": "WordLevel", "vocab": vocabulary, "unk_token": self.unknown_token}
+        return {"type": "WordLevel", "vocab": vocabulary_to_json(self._vocabulary), "unk_token": self.unknown_token}
 
     def _decoder_json(self) -> dict[str, Any] | None:
         return None if self.separator else {"type": "Fuse"}
@@ -109,7 +109,8 @@ class WordLevelTokenizer(Tokenizer):
             raise ValueError(f"decoder must be Fuse or null, got {kind(decoder)}")
         options = read_options(model, vocab=(dict,), unk_token=(str,))
         separator = " " if decoder is None else ""
-        return {"vocabulary": options["vocab"], "unknown_token": options["unk_token"], "separator": separator}
+        vocabulary = vocabulary_from_json(options["vocab"])
+        return {"vocabulary": vocabulary, "unknown_token": options["unk_token"], "separator": separator}
 
 
 def most_frequent(

@@ -18,7 +18,6 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from operator import itemgetter
 from pathlib import Path
 from typing import Any, Self
 
@@ -31,6 +30,7 @@ from minillm.tokenizers.pre_tokenization import BertPreTokenizer, PreTokenizer
 from minillm.tokenizers.template import Template, bert_template
 from minillm.tokenizers.tokenizer import Tokenizer, count_pieces
 from minillm.tokenizers.truncation import Truncation
+from minillm.tokenizers.vocabulary_json import vocabulary_from_json, vocabulary_to_json
 from minillm.tokenizers.wordpiece_training import Score
 from minillm.tokenizers.wordpiece_vocabulary import learn_vocabulary
 
@@ -265,7 +265,7 @@ class WordPieceTokenizer(Tokenizer):
             "unk_token": self.unknown_token,
             "continuing_subword_prefix": self.continuing_prefix,
             "max_input_chars_per_word": self.max_word_length,
-            "vocab": dict(sorted(self._vocabulary.items(), key=itemgetter(1))),
+            "vocab": vocabulary_to_json(self._vocabulary),
         }
 
     def _decoder_json(self) -> dict[str, Any] | None:
@@ -288,7 +288,7 @@ class WordPieceTokenizer(Tokenizer):
             max_input_chars_per_word=(int, 100),
         )
         return cls(
-            options["vocab"],
+            vocabulary_from_json(options["vocab"]),
             unknown_token=options["unk_token"],
             continuing_prefix=options["continuing_subword_prefix"],
             max_word_length=options["max_input_chars_per_word"],

@@ -146,9 +146,9 @@ def test_how_close_the_vocabularies_come_to_that_of_tokenizers() -> None:
 
 
 def test_the_threshold_is_as_high_as_fills_the_vocabulary() -> None:
-    counts = dict(real_words.most_common(600))
+    counts = dict(real_words.most_common(300))
     tokens = alphabet_of(counts)
-    for vocab_size in (150, 300, 600):
+    for vocab_size in (200, 350):
         highest = sum(counts.values()) // vocab_size
         trials = range(highest // 12, highest + 1)
         learned = {n: learn_wordpiece(counts, tokens, vocab_size, min_frequency=n) for n in trials}
