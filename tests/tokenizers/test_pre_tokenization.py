@@ -32,10 +32,14 @@ from minillm.tokenizers.split_patterns import SPLIT_PATTERNS
 # Characters that Unicode 3.2 had are in everybody's tables. Two of them are not what they were: one is punctuation no
 # more, the other is no longer of all scripts, but to `tokenizers` they still are; nor are marks what they were there.
 CHANGED_SINCE = "\u166d\u0589\u1734\u1885\u1886"
+# Of ideographs, Hangul and private use, a sixteenth will do.
+MANY = [range(0x3400, 0xA000), range(0xAC00, 0xD7A4), range(0xE000, 0xF900), range(0x20000, 0x2F000)]
 KNOWN = [
-    c
-    for c in map(chr, range(0x30000))
-    if unicodedata.ucd_3_2_0.category(c) not in ("Cn", "Cs") and c not in CHANGED_SINCE
+    chr(i)
+    for i in range(0x30000)
+    if (i % 16 == 0 or not any(i in block for block in MANY))
+    and unicodedata.ucd_3_2_0.category(chr(i)) not in ("Cn", "Cs")
+    and chr(i) not in CHANGED_SINCE
 ]
 tricky = st.sampled_from(
     "aZé1½Ⅷ٣²_-!.'«、。¿$+<^`|~§\u0301\u0903 \t\n\r\v\x00\x1c\x1f\x7f\x85\xa0\u2028\u3000\u200b\u200d"
@@ -44,7 +48,7 @@ tricky |= st.sampled_from("▁中豈ねネーｰㄱ각мשع😀\ue000\u0378")
 phrases = st.sampled_from(["don't", "  ", "foo bar", "12.5%", "::", "x1\n", "▁▁", "a-b--c", "Hello World"])
 texts = st.lists(tricky | st.sampled_from(KNOWN) | phrases, max_size=20).map("".join)
 ascii_texts = st.text(st.characters(max_codepoint=127), max_size=30) | st.text(" a1-!'\n\x1c", max_size=15)
-moderately = settings(max_examples=50)
+moderately = settings(max_examples=25)
 
 BEHAVIORS = ["removed", "isolated", "merged_with_previous", "merged_with_next", "contiguous"]
 PATTERNS = [
@@ -142,7 +146,7 @@ split_texts = texts.map(lambda text: text.translate(dict.fromkeys(map(ord, UNSUR
 
 
 @given(pair=st.sampled_from(SPLITS), text=split_texts | ascii_texts | st.text("abx:-^ \nA1", max_size=15))
-@settings(max_examples=600)
+@settings(max_examples=400)
 def test_any_split_is_that_of_tokenizers(pair: tuple[PreTokenizer, Any], text: str) -> None:
     check(*pair, text)
 
