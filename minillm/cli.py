@@ -133,7 +133,7 @@ def sample(run: Path, prompt: str, device: str, **options: Any) -> None:
 
 @main.group()
 def tokenizer() -> None:
-    """Train a byte-level BPE tokenizer, and see how it cuts a text.
+    """Train a tokenizer of any kind, and see how it cuts a text.
 
     \b
     Example:  $ minillm tokenizer train python-docs --vocab-size 1000 --out tokenizer.json
@@ -142,32 +142,40 @@ def tokenizer() -> None:
 
 @tokenizer.command("train")
 @click.argument("corpus")
+@click.option("--kind", default="byte-bpe", show_default=True, help="Such as wordpiece or unigram.")
 @click.option("--vocab-size", type=int, default=8192, show_default=True)
-@click.option("--pattern", default="gpt2", show_default=True, help="How text is cut first: gpt2 or gpt4.")
+@click.option("--pattern", help="How byte-bpe cuts the text first: gpt2 (if not given) or gpt4.")
 @click.option(
     "--special",
     "special_tokens",
     multiple=True,
     metavar="TOKEN",
-    help="A special token, such as '<|endoftext|>'; repeatable.",
+    help="A special token, such as '<|endoftext|>'; repeatable. If not given, those that the kind has by itself.",
 )
 @click.option("--out", type=click.Path(path_type=Path), default=Path("tokenizer.json"), show_default=True)
 @click.option("--force", is_flag=True, help="Overwrite the file if it is there.")
-def tokenizer_train(corpus: str, vocab_size: int, out: Path, force: bool, **options: Any) -> None:
-    """Learn the merges of CORPUS (a name, a text file or a folder) and save a tokenizer.json.
+def tokenizer_train(corpus: str, kind: str, vocab_size: int, out: Path, force: bool, **options: Any) -> None:
+    """Learn the vocabulary of CORPUS (a name, a text file or a folder) and save a tokenizer.json.
+
+    Kinds: byte-bpe, wordpiece, unigram, sentencepiece-bpe, sentencepiece-unigram, word, character.
 
     \b
     Example:  $ minillm tokenizer train python-docs --vocab-size 1000 --out tokenizer.json --force
     """
     from minillm.data import load_corpus
-    from minillm.tokenizers import ByteBPETokenizer
+    from minillm.tokenizers.loading import KINDS, train_tokenizer
 
+    if kind not in KINDS:
+        raise click.UsageError(f"--kind must be one of {', '.join(KINDS)}, got {kind}")
+    if options["pattern"] and kind != "byte-bpe":
+        raise click.UsageError(f"--pattern is for byte-bpe, not for {kind}")
     if out.exists() and not force:
         raise click.UsageError(f"{out} exists: choose another --out, or give --force to overwrite it")
-    trained = ByteBPETokenizer.train(load_corpus(corpus), vocab_size, **options)
+    given = {name: value for name, value in options.items() if value}
+    trained = train_tokenizer(kind, load_corpus(corpus), vocab_size, **given)
     out.parent.mkdir(parents=True, exist_ok=True)
     trained.save(out)
-    click.echo(f"{out}: {trained.vocab_size} tokens, {len(trained.merges)} of them merges")
+    click.echo(f"{out}: {trained.vocab_size} tokens, {len(trained.special_tokens)} of them special")
 
 
 @tokenizer.command("encode")
@@ -179,12 +187,15 @@ def tokenizer_encode(file: Path, text: str) -> None:
     \b
     Example:  $ minillm tokenizer encode tokenizer.json "the tokens of a text"
     """
-    from minillm.tokenizers import ByteBPETokenizer
+    from minillm.tokenizers import ByteBPETokenizer, load_tokenizer
 
-    trained = ByteBPETokenizer.load(file)
+    trained = load_tokenizer(file)
     ids = trained.encode(sys.stdin.read() if text == "-" else text)
     click.echo(" ".join(map(str, ids)))
-    click.echo("|".join(trained.token_bytes(token).decode("utf-8", "backslashreplace") for token in ids))
+    if isinstance(trained, ByteBPETokenizer):  # whose files spell bytes: the text is easier to read
+        click.echo("|".join(trained.token_bytes(token).decode("utf-8", "backslashreplace") for token in ids))
+    else:
+        click.echo("|".join(map(trained.id_to_token, ids)))
 
 
 @main.group()
