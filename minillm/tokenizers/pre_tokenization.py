@@ -47,6 +47,7 @@ __all__ = [
     "Whitespace",
     "WhitespaceSplit",
     "pre_tokenizer_from_json",
+    "treats_start_apart",
 ]
 
 
@@ -101,7 +102,7 @@ class PreTokenizerSequence:
     def __init__(self, pre_tokenizers: Iterable[PreTokenizer]) -> None:
         self.pre_tokenizers = list(pre_tokenizers)
         # Others than the first must know where a piece begins only if they treat the begin of the text in another way.
-        self._needs_places = any(_treats_start_apart(step) for step in self.pre_tokenizers[1:])
+        self._needs_places = any(treats_start_apart(step) for step in self.pre_tokenizers[1:])
 
     def split(self, text: str, *, at_start: bool = True) -> Iterator[list[str]]:
         if self._needs_places or not self.pre_tokenizers:
@@ -136,9 +137,11 @@ class PreTokenizerSequence:
         return {"type": "Sequence", "pretokenizers": [step.to_json() for step in self.pre_tokenizers]}
 
 
-def _treats_start_apart(step: PreTokenizer) -> bool:
+def treats_start_apart(step: PreTokenizer) -> bool:
+    """Whether pieces depend on where the user's text begins: `align` then says more than `split` can after a normalizer
+    that took the first character away."""
     if isinstance(step, PreTokenizerSequence):
-        return any(map(_treats_start_apart, step.pre_tokenizers))
+        return any(map(treats_start_apart, step.pre_tokenizers))
     return isinstance(step, Metaspace) and step.prepend_scheme == "first"
 
 

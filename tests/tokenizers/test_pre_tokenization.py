@@ -26,6 +26,7 @@ from minillm.tokenizers.pre_tokenization import (
     Whitespace,
     WhitespaceSplit,
     pre_tokenizer_from_json,
+    treats_start_apart,
 )
 from minillm.tokenizers.split_patterns import SPLIT_PATTERNS
 
@@ -223,6 +224,11 @@ def test_a_space_is_put_in_front_where_the_scheme_says() -> None:
         assert pieces(metaspace, "a b") == [first, "▁b"]
         assert pieces(metaspace, "a b", at_start=False) == [later, "▁b"]
         assert [piece.text for piece in metaspace.align(AlignedText.of("xa b").slice(1, 4))] == [later, "▁b"]
+
+
+def test_whose_pieces_depend_on_where_the_text_begins() -> None:
+    for ours, peer in PAIRS:
+        assert treats_start_apart(ours) == ("prepend_scheme=first" in str(peer))
 
 
 def test_known_pieces() -> None:
