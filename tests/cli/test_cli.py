@@ -22,6 +22,7 @@ from minillm import __version__, exercises
 from minillm.cli import main
 from minillm.inference import generate
 from minillm.tokenizers import ByteBPETokenizer
+from minillm.tokenizers.loading import KINDS
 from minillm.training import Trainer, TrainingResult
 from minillm.training.run import load_run
 
@@ -304,6 +305,28 @@ def test_tokenizer_trains_and_encodes(cli: Cli, corpus: Path) -> None:
     assert [int(token) for token in ids.split()] == oracle
     assert len(pieces.split("|")) == len(oracle)
     assert cli("tokenizer", "encode", "new/tokenizer.json", "-", stdin=text).output == encoded.output
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "byte-bpe"])
+def test_tokenizer_trains_every_kind(kind: str, cli: Cli, corpus: Path) -> None:
+    result = cli("tokenizer", "train", corpus, "--kind", kind, "--vocab-size", "310", "--out", "tokenizer.json")
+    assert result.exit_code == 0, result.output
+    text = "the fox"
+    oracle = Tokenizer.from_file("tokenizer.json").encode(text, add_special_tokens=False)
+    ids, pieces = cli("tokenizer", "encode", "tokenizer.json", text).output.splitlines()
+    assert [int(token) for token in ids.split()] == oracle.ids
+    assert pieces == "|".join(oracle.tokens)
+
+
+def test_tokenizer_refuses_kinds_and_patterns_that_do_not_go_together(cli: Cli, corpus: Path) -> None:
+    for options, message in (
+        (("--kind", "syllables"), "--kind must be one of byte-bpe, wordpiece"),
+        (("--kind", "unigram", "--pattern", "gpt4"), "--pattern is for byte-bpe, not for unigram"),
+        (("--kind", "wordpiece", "--vocab-size", "6"), "vocab_size"),
+    ):
+        result = cli("tokenizer", "train", corpus, *options)
+        assert (result.exit_code, message in result.output) == (2, True)
+    assert not Path("tokenizer.json").exists()
 
 
 def test_tokenizer_keeps_a_file_that_is_there(cli: Cli, corpus: Path) -> None:
