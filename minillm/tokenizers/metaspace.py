@@ -67,7 +67,7 @@ class Metaspace:
 
     def _prefix(self, text: str, at_start: bool) -> str:
         prepends = self.prepend_scheme == "always" or (self.prepend_scheme == "first" and at_start)
-        return self.replacement if prepends and text[0] != " " else ""
+        return self.replacement if prepends and text[0] not in (" ", self.replacement) else ""
 
     def align(self, text: AlignedText) -> list[AlignedText]:
         """The same pieces, and where their characters come from; a symbol put in front, from the first character.
@@ -76,15 +76,18 @@ class Metaspace:
         """
         if not text.text:
             return []
-        if prefix := self._prefix(text.text.replace(self.replacement, " "), text.starts[0] == 0):
-            text = AlignedText(prefix + text.text, [text.starts[0], *text.starts], [text.ends[0], *text.ends])
-        text = AlignedText(text.text.replace(" ", self.replacement), text.starts, text.ends)
+        marked = AlignedText(text.text.replace(" ", self.replacement), text.starts, text.ends)
         pieces = []
         start = 0
-        while self.splits and (end := text.text.find(self.replacement, start + 1)) > 0:
-            pieces.append(text.slice(start, end))
+        while self.splits and (end := marked.text.find(self.replacement, start + 1)) > 0:
+            pieces.append(marked.slice(start, end))
             start = end
-        return [*pieces, text.slice(start, len(text.text))]
+        pieces.append(marked.slice(start, len(marked.text)))
+        if prefix := self._prefix(marked.text, text.starts[0] == 0):
+            first = pieces[0]
+            starts, ends = [first.starts[0], *first.starts], [first.ends[0], *first.ends]
+            pieces[0] = AlignedText(prefix + first.text, starts, ends)
+        return pieces
 
     def to_json(self) -> dict[str, Any]:
         """Its part of a tokenizer.json."""
