@@ -16,7 +16,6 @@ the code released with it.
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, Self
@@ -31,10 +30,12 @@ from minillm.tokenizers.template import Template, bert_template
 from minillm.tokenizers.tokenizer import Tokenizer, count_pieces
 from minillm.tokenizers.truncation import Truncation
 from minillm.tokenizers.vocabulary_json import vocabulary_from_json, vocabulary_to_json
+from minillm.tokenizers.wordpiece_decoder import WordPieceDecoder
 from minillm.tokenizers.wordpiece_training import Score
 from minillm.tokenizers.wordpiece_vocabulary import learn_vocabulary
 
 BERT_SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+BERT_DECODER = WordPieceDecoder()
 
 
 def longest_match_first(word: str, vocabulary: Container[str], prefix: str = "##", longest: int = 100) -> list[str]:
@@ -58,36 +59,6 @@ def longest_match_first(word: str, vocabulary: Container[str], prefix: str = "##
         tokens.append(token)
         start = end
     return tokens
-
-
-@dataclass(frozen=True)
-class WordPieceDecoder:
-    """Joins tokens: what continues a word is put to it without the prefix, before all else comes a space.
-
-    Attributes:
-        prefix: What a token begins with that continues a word.
-        cleanup: Also take out the space before `.`, `?`, `!`, `,` and English contractions, where it is in one token
-            with them or they are the token.
-    """
-
-    prefix: str = "##"
-    cleanup: bool = True
-
-    def __call__(self, tokens: Iterable[str]) -> str:
-        """The text of tokens."""
-        return "".join(self.part(token, first=i == 0) for i, token in enumerate(tokens))
-
-    def part(self, token: str, *, first: bool) -> str:
-        """What a token adds to a text; `first`: the text begins with it."""
-        text = token if first else token[len(self.prefix) :] if token.startswith(self.prefix) else " " + token
-        for spaced, tight in _CLEANUP if self.cleanup else ():
-            text = text.replace(spaced, tight)
-        return text
-
-
-_CLEANUP = [(" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't"), (" 'm", "'m")]
-_CLEANUP += [(" do not", " don't"), (" 's", "'s"), (" 've", "'ve"), (" 're", "'re")]
-BERT_DECODER = WordPieceDecoder()
 
 
 class WordPieceTokenizer(Tokenizer):
@@ -219,16 +190,14 @@ class WordPieceTokenizer(Tokenizer):
         Raises:
             ValueError: A token is there twice, or [UNK] is not there.
         """
-        with Path(path).open(encoding="utf-8") as file:
-            tokens = [line.removesuffix("\n") for line in file]
-        ids = {token: i for i, token in enumerate(tokens)}
-        for i, token in enumerate(tokens):
-            if ids[token] != i:
-                raise ValueError(
-                    f"{path}: token {token!r} must be there once, is in lines {i + 1} and {ids[token] + 1}"
-                )
-        special = {token: ids[token] for token in special_tokens if token in ids}
         try:
+            with Path(path).open(encoding="utf-8") as file:
+                tokens = [line.removesuffix("\n") for line in file]
+            ids = {token: i for i, token in enumerate(tokens)}
+            for i, token in enumerate(tokens):
+                if ids[token] != i:
+                    raise ValueError(f"token {token!r} must be there once, is in lines {i + 1} and {ids[token] + 1}")
+            special = {token: ids[token] for token in special_tokens if token in ids}
             return cls(
                 ids,
                 normalizer=BertNormalizer(lowercase=lowercase),
@@ -256,7 +225,7 @@ class WordPieceTokenizer(Tokenizer):
         return tokens or [self.unknown_token]
 
     def _join(self, ids: list[int]) -> str:
-        tokens = map(self._tokens.__getitem__, ids)
+        tokens = [self._tokens[i] for i in ids]
         return " ".join(tokens) if self.decoder is None else self.decoder(tokens)
 
     def _model_json(self) -> dict[str, Any]:
@@ -269,17 +238,13 @@ class WordPieceTokenizer(Tokenizer):
         }
 
     def _decoder_json(self) -> dict[str, Any] | None:
-        if self.decoder is None:
-            return None
-        return {"type": "WordPiece", "prefix": self.decoder.prefix, "cleanup": self.decoder.cleanup}
+        return None if self.decoder is None else self.decoder.to_json()
 
     @classmethod
     def _from_json(cls, content: Mapping[str, Any], common: dict[str, Any]) -> Self:
-        model, decoder = content.get("model"), content.get("decoder")
+        model = content.get("model")
         if not isinstance(model, dict) or model.get("type", "WordPiece") != "WordPiece":
             raise ValueError(f"model must be of type WordPiece, got {kind(model)}")
-        if decoder is not None and kind(decoder) != "WordPiece":
-            raise ValueError(f"decoder must be WordPiece or null, got {kind(decoder)}")
         options = read_options(
             model,
             vocab=(dict,),
@@ -292,7 +257,7 @@ class WordPieceTokenizer(Tokenizer):
             unknown_token=options["unk_token"],
             continuing_prefix=options["continuing_subword_prefix"],
             max_word_length=options["max_input_chars_per_word"],
-            decoder=decoder and WordPieceDecoder(**read_options(decoder, prefix=(str, "##"), cleanup=(bool, True))),
+            decoder=WordPieceDecoder.from_json(content.get("decoder")),
             **common,
         )
 

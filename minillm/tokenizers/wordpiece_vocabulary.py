@@ -9,7 +9,7 @@ than `min_frequency`, and as large a one as still fills the vocabulary: 1.08 tok
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from operator import index
 from typing import get_args
@@ -38,7 +38,7 @@ def learn_vocabulary(
         special_tokens: The first ids.
         prefix: What a token begins with that continues a word.
         min_frequency: Learn no token from a pair that occurs less often. None: 1 for "frequency"; for "likelihood"
-            about the highest that fills the vocabulary, at most the mean frequency of a token (words / vocab_size).
+            about the highest that fills the vocabulary, found by trying.
         initial_alphabet: Characters to have even if no word does.
         limit_alphabet: Keep only so many characters, the initial alphabet and the most frequent others.
 
@@ -65,11 +65,23 @@ def learn_vocabulary(
     learn = partial(learn_wordpiece, word_counts, tokens, vocab_size, score=score, prefix=prefix)
     if score == "frequency" or min_frequency is not None:
         return learn(min_frequency=min_frequency or 1)
-    # A lower threshold gives more tokens by something like a power law, and this one takes short enough steps.
-    trial = max(1, sum(word_counts.values()) // vocab_size)
-    while len(vocabulary := learn(min_frequency=trial)) < vocab_size and trial > 1:
-        trial = max(1, min(trial - 1, int(trial * (len(vocabulary) / vocab_size) ** 1.5)))
-    return vocabulary
+    if vocab_size == len(tokens):
+        return tokens
+    return _learn_from_frequent_pairs(learn, vocab_size, max(1, sum(word_counts.values()) // vocab_size))
+
+
+def _learn_from_frequent_pairs(learn: Callable[..., list[str]], vocab_size: int, trial: int) -> list[str]:
+    """The vocabulary for about the highest min_frequency that fills it; for 1 if none does. `trial` is tried first."""
+    filled: list[str] = []
+    fills = 0
+    while len(tokens := learn(min_frequency=trial)) == vocab_size:
+        filled, fills, trial = tokens, trial, 2 * trial
+    while len(tokens) < vocab_size and trial > fills + 1:
+        # A lower threshold gives more tokens by something like a power law, and this one takes short enough steps.
+        estimate = int(trial * (len(tokens) / vocab_size) ** 1.5)
+        trial = max(fills + 1, min(trial - 1, estimate))
+        tokens = learn(min_frequency=trial)
+    return filled if fills and len(tokens) < vocab_size else tokens
 
 
 def alphabet_of(
