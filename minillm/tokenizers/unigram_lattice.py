@@ -11,13 +11,12 @@ Sources: Kudo, "Subword regularization: improving neural network translation mod
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Mapping
 from heapq import merge
 from itertools import islice
 from math import exp, inf, isfinite, log
 from operator import index
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 # What an unknown character costs, compared with the least likely piece: as in `sentencepiece` and `tokenizers`.
 UNKNOWN_PENALTY = 10.0
@@ -36,7 +35,7 @@ class BestPath(NamedTuple):
 
     Attributes:
         spans: (start, end) of its pieces; one character each for unknown ones.
-        score: The sum of their log probabilities, start score included.
+        score: The sum of their log probabilities.
         margin: By how much, at the closest decision along the path, the winner beats the runner-up; inf when nothing
             was to be decided. Where it is large, rounding cannot change the path.
     """
@@ -44,16 +43,6 @@ class BestPath(NamedTuple):
     spans: Spans
     score: float
     margin: float
-
-
-class _Node:
-    """What may follow in a piece: next character -> whether a piece ends with it (its score), and what may follow."""
-
-    __slots__ = ("children", "score")
-
-    def __init__(self) -> None:
-        self.children: dict[str, _Node] = {}
-        self.score: float | None = None
 
 
 class Lattice:
@@ -71,19 +60,22 @@ class Lattice:
     def __init__(self, scores: Mapping[str, float], *, unknown_score: float | None = None) -> None:
         if not scores:
             raise ValueError("scores must hold at least one piece")
-        self._root = _Node()
+        # next character -> [score of the piece that ends with it, or None; what may follow in a longer one, or None]
+        self._trie: dict[str, list[Any]] = {}
         for piece, score in scores.items():
             if not piece:
                 raise ValueError("a piece must not be empty")
             if not isfinite(score):
                 raise ValueError(f"scores must be finite, got {score} for {piece!r}")
-            node = self._root
-            for character in piece:
-                node = node.children.setdefault(character, _Node())
-            node.score = float(score)
+            children = self._trie
+            for character in piece[:-1]:
+                node = children.setdefault(character, [None, None])
+                children = node[1] = node[1] or {}
+            children.setdefault(piece[-1], [None, None])[0] = float(score)
         if unknown_score is None:
             unknown_score = min(scores.values()) - UNKNOWN_PENALTY
         self.unknown_score = float(unknown_score)
+        self._longest = max(map(len, scores))
         self._largest_score = max(abs(self.unknown_score), *map(abs, scores.values()))
 
     def edges(self, text: str) -> list[list[tuple[int, float]]]:
@@ -91,14 +83,13 @@ class Lattice:
         out = []
         for start in range(len(text)):
             here = []
-            children = self._root.children
-            for end in range(start + 1, len(text) + 1):
-                node = children.get(text[end - 1])
-                if node is None:
-                    break
-                if node.score is not None:
-                    here.append((end, node.score))
-                children = node.children
+            children: dict[str, list[Any]] | None = self._trie
+            end = start
+            while children is not None and end < len(text) and (node := children.get(text[end])):
+                score, children = node
+                end += 1
+                if score is not None:
+                    here.append((end, score))
             if not here or here[0][0] != start + 1:
                 here.insert(0, (start + 1, self.unknown_score))
             out.append(here)
@@ -108,50 +99,38 @@ class Lattice:
         """The spans of the most likely segmentation; of several, the one whose last piece is longest, and so on."""
         return self.best_path(text).spans
 
-    def best_path(self, text: str, *, start_score: float = 0.0, float32: bool = False) -> BestPath:
+    def best_path(self, text: str) -> BestPath:
         """The most likely segmentation, its score and its margin (Viterbi's algorithm).
 
         Scores are added from left to right, and a path replaces the best one so far to the same boundary only if it is
-        strictly better; longer last pieces come first. In float64 this gives the segmentation that `tokenizers` gives,
-        also where two are equal but for rounding.
-
-        `sentencepiece` keeps the score of the best path to each boundary in float32 and adds from the beginning of the
-        whole text, so that which of two nearly equal segmentations of a word wins depends on the text before it. With
-        `float32`, and the score of that text as `start_score`, the result is the one it gives. A path whose margin
-        exceeds `float32_error` is the same for every start score, and need not be computed again.
+        strictly better; longer last pieces come first. This gives the segmentation that `tokenizers` gives, also where
+        two are equal but for rounding.
         """
         n = len(text)
-        best = array("f" if float32 else "d", [start_score]) + array("f" if float32 else "d", [-inf]) * n
+        best = [0.0] + [-inf] * n
         runner_up = [-inf] * (n + 1)
         starts = [0] * (n + 1)
-        root = self._root.children
-        rounded = array("f", [0.0])
+        trie = self._trie
         for start in range(n):
             here = best[start]
-            children = root
-            for end in range(start + 1, n + 1):
-                node = children.get(text[end - 1])
-                if node is None:
+            children: dict[str, list[Any]] | None = trie
+            end = start
+            for character in text[start : start + self._longest]:
+                if children is None or (node := children.get(character)) is None:
                     break
-                score = node.score
+                score, children = node
+                end += 1
                 if score is not None:
                     score += here
-                    if float32:
-                        rounded[0] = score
-                        score = rounded[0]
                     if score > best[end]:
                         runner_up[end] = best[end]
                         best[end] = score
                         starts[end] = start
                     elif score > runner_up[end]:
                         runner_up[end] = score
-                children = node.children
-            first = root.get(text[start])
-            if first is None or first.score is None:
+            first = trie.get(text[start])
+            if first is None or first[0] is None:
                 score = here + self.unknown_score
-                if float32:
-                    rounded[0] = score
-                    score = rounded[0]
                 if score > best[start + 1]:
                     runner_up[start + 1] = best[start + 1]
                     best[start + 1] = score
@@ -162,17 +141,21 @@ class Lattice:
         margin = inf
         end = n
         while end:
-            spans.append((starts[end], end))
-            margin = min(margin, best[end] - runner_up[end])
-            end = starts[end]
+            start = starts[end]
+            spans.append((start, end))
+            if (gap := best[end] - runner_up[end]) < margin:
+                margin = gap
+            end = start
         spans.reverse()
         return BestPath(spans, best[n], margin)
 
     def float32_error(self, n_characters: int, start_score: float) -> float:
         """A bound on how far rounding moves the difference of two paths' float32 scores, both from `start_score`.
 
-        Each of at most n additions rounds by 2^-24 of its result, which is at most |start score| + n * the largest
-        |score|, on both paths.
+        `sentencepiece` adds scores in float32, from the beginning of the whole text, so that which of two nearly equal
+        segmentations of a word wins depends on the text before it, whose score is `start_score` here. If the margin of
+        the word's path exceeds this bound, it does not. Each of at most n additions rounds by 2^-24 of its result,
+        which is at most |start score| + n * the largest |score|, on both paths.
         """
         largest = abs(start_score) + n_characters * self._largest_score
         return 2.0 * n_characters * 2.0**-24 * largest
