@@ -48,11 +48,12 @@ class Report:
 
     def render(self) -> str:
         """The text for a terminal: a line a part, hints under those that failed or come next, notes at the end."""
-        width = max(len(f"{part.number}  {part.title}") for part in self.parts)
+        digits = max(len(part.number) for part in self.parts)
+        width = max(digits + 2 + len(part.title) for part in self.parts)
         lines = [f"{self.exercise}: {self.title}"]
         first_open = next((part for part in self.parts if part.status != "passed"), None)
         for part in self.parts:
-            heading = f"{part.number}  {part.title}".ljust(width)
+            heading = f"{part.number:{digits}}  {part.title}".ljust(width)
             said = f": {part.message}" if part.message else ""
             word = "not yet" if part.status == "failed" else part.status
             lines.append(f"  {heading}  {word}{said}")

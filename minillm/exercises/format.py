@@ -19,6 +19,7 @@ import re
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -88,11 +89,14 @@ def role(cell: NotebookNode) -> Role:
     return "check" if nbgrader.get("grade") else "setup"
 
 
+@lru_cache(maxsize=256)
 def parse(source: str) -> ast.Module:
     """``ast.parse`` without the warnings that Python has for doubtful literals: they must not fail a student's cell.
 
     Whatever a student wrote, ``SyntaxError`` is all that it raises: also for null bytes (``ValueError`` in Python) and
     for code nested too deeply for Python (``RecursionError`` or ``MemoryError``, by the kind of nesting).
+
+    The same cells are asked for again and again, for every answer that is judged, so trees are kept: read them only.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -11,6 +11,7 @@ the shortcut visible, not impossible: ``getattr`` with a computed string gets th
 import ast
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from minillm.exercises.format import Exercise, parse, role
 
@@ -53,10 +54,11 @@ def surroundings(exercise: Exercise, written: Iterable[str]) -> Surroundings:
         except SyntaxError:
             continue  # that cell is not run
     own |= {name for part in exercise.parts for name in part.defines}
-    return Surroundings(aliases(checks) | aliases(setup), frozenset(aliases(checks)), frozenset(own))
+    return Surroundings({**aliases(checks), **aliases(setup)}, frozenset(aliases(checks)), frozenset(own))
 
 
-def aliases(source: str) -> dict[str, str]:
+@lru_cache(maxsize=256)
+def aliases(source: str) -> Mapping[str, str]:
     """What the imports of ``source`` bind: local name -> dotted name (``F`` -> ``torch.nn.functional``)."""
     bound: dict[str, str] = {}
     try:
