@@ -23,7 +23,7 @@ from minillm.tokenizers.aligned_text import AlignedText
 from minillm.tokenizers.encoding import Encoding
 from minillm.tokenizers.normalization import Normalizer, normalizer_from_json
 from minillm.tokenizers.padding import Padding, padding_from_json
-from minillm.tokenizers.pre_tokenization import PreTokenizer, pre_tokenizer_from_json
+from minillm.tokenizers.pre_tokenization import PreTokenizer, pre_tokenizer_from_json, treats_start_apart
 from minillm.tokenizers.prepare import prepare
 from minillm.tokenizers.template import Template, template_from_json
 from minillm.tokenizers.truncation import Truncation, truncation_from_json
@@ -156,6 +156,9 @@ class Tokenizer(ABC):
             ValueError: `text` has a lone surrogate.
         """
         check_text(text)
+        if self.normalizer and treats_start_apart(self.pre_tokenizer):
+            # Whether a piece stands at the start of the text is a matter of where it came from.
+            return self.encode_with_offsets(text, allow_special=allow_special).ids
         if not self._added:
             return self._encode_ordinary(self.normalizer(text) if self.normalizer else text, at_start=True)
         ids: list[int] = []
