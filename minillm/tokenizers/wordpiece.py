@@ -209,20 +209,18 @@ class WordPieceTokenizer(Tokenizer):
             raise ValueError(f"{path}: {error}") from None
 
     def _encode_piece(self, piece: str) -> list[int]:
-        return [self._vocabulary[token] for token in self._match(piece)]
-
-    def _piece_spans(self, piece: str) -> list[tuple[int, int]]:
-        tokens = self._match(piece)
-        if tokens == [self.unknown_token]:
-            return [(0, len(piece))]
-        lengths = [len(token) - (len(self.continuing_prefix) if i > 0 else 0) for i, token in enumerate(tokens)]
-        return list(pairwise(accumulate(lengths, initial=0)))
-
-    def _match(self, piece: str) -> list[str]:
         tokens: list[str] = []
         if len(piece) <= self.max_word_length:
             tokens = longest_match_first(piece, self._vocabulary, self.continuing_prefix, self._longest)
-        return tokens or [self.unknown_token]
+        return [self._vocabulary[token] for token in tokens or [self.unknown_token]]
+
+    def _piece_spans(self, piece: str) -> list[tuple[int, int]]:
+        ids = self._cache[piece]
+        if len(ids) == 1:  # the whole word, known or not
+            return [(0, len(piece))]
+        lengths = [len(self._tokens[i]) for i in ids]
+        ends = accumulate((length - len(self.continuing_prefix) for length in lengths[1:]), initial=lengths[0])
+        return list(pairwise((0, *ends)))
 
     def _join(self, ids: list[int]) -> str:
         tokens = [self._tokens[i] for i in ids]

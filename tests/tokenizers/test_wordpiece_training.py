@@ -148,7 +148,7 @@ def test_how_close_the_vocabularies_come_to_that_of_tokenizers() -> None:
 def test_the_threshold_is_as_high_as_fills_the_vocabulary() -> None:
     counts = Counter(word for text in documents[:6] for word in text.lower().split())
     tokens = alphabet_of(counts)
-    for vocab_size, expected in ((400, range(20, 80)), (1000, range(4, 12)), (1500, range(2, 8))):
+    for vocab_size, expected in ((400, range(18, 30)), (1000, range(4, 10)), (1500, range(2, 6))):
         learned = {n: learn_wordpiece(counts, tokens, vocab_size, min_frequency=n) for n in expected}
         filling = [n for n, vocabulary in learned.items() if len(vocabulary) == vocab_size]
         assert expected[0] <= filling[-1] < expected[-1]
