@@ -156,7 +156,7 @@ class Tokenizer(ABC):
             ValueError: `text` has a lone surrogate.
         """
         check_text(text)
-        if self.normalizer and treats_start_apart(self.pre_tokenizer):
+        if self.normalizer and self.pre_tokenizer and treats_start_apart(self.pre_tokenizer):
             # Whether a piece stands at the start of the text is a matter of where it came from.
             return self.encode_with_offsets(text, allow_special=allow_special).ids
         if not self._added:
