@@ -1,10 +1,10 @@
 """Cutting normalized text into the pieces of a vocabulary, word by word.
 
-Where no piece has a "▁" behind another character, no piece can reach across the begin of a word: every word is cut by
-itself, and its ids are remembered. This is exact for BPE. For Unigram it is exact but for rounding: the score of the
-text so far, to which those of a word's pieces are added, decides between two ways that are nearly equally likely. What
-is remembered for a word is therefore also how close its decisions are, and a word for which rounding may matter is cut
-again, with the score that the text so far really has.
+A text is cut into words that no piece can reach across, whatever their spaces and letters (see `word_pattern`); every
+word is cut into pieces by itself, and its ids are remembered. This is exact for BPE. For Unigram it is exact but for
+rounding: the score of the text so far, to which those of a word's pieces are added, decides between two ways that are
+nearly equally likely. What is remembered for a word is therefore also how close its decisions are, and a word for which
+rounding may matter is cut again, with the score that the text so far really has.
 """
 
 from __future__ import annotations
@@ -13,13 +13,17 @@ import re
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Callable, Iterable, Mapping
-from itertools import chain
+from itertools import chain, groupby, pairwise
 from math import inf
 from typing import NamedTuple, TypeVar
+
+import numpy as np
 
 from minillm.tokenizers.sentencepiece_bpe import PieceMerger
 from minillm.tokenizers.unigram_lattice import Lattice
 
+SPACE = "▁"
+_SPACE_INSIDE = re.compile(f"[^{SPACE}]{SPACE}")
 CACHE_WORDS = 1 << 17
 CACHE_WORD_LENGTH = 128
 # The library takes the score of the text so far off all scores when it is further than this from 0.
@@ -91,7 +95,7 @@ class Segmenter(ABC):
 
     def __init__(self, spelling: Spelling, pieces: Iterable[str]) -> None:
         self._spelling = spelling
-        self.words = _word_cutter(pieces)
+        self.words = re.compile(word_pattern(pieces)).findall
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
@@ -177,6 +181,8 @@ class UnigramSegmenter(Segmenter):
         self.lattice = Lattice(scores, unknown_score=unknown_score)
         self._scores = dict(scores)
         self._float32 = float32
+        self._largest_score = max(abs(unknown_score), *map(abs, scores.values()))
+        self._edges = _Cache(self.lattice.edges)
         self._cache: _Cache[_Word] = _Cache(self._word)
 
     def encode(self, text: str) -> list[int]:
@@ -209,27 +215,30 @@ class UnigramSegmenter(Segmenter):
         for word in self.words(text):
             pieces, score = self.cut_exactly(word, score)
             out += pieces
-        return out
+        if self._float32:
+            return out
+        # `tokenizers` takes unknown characters in a row as one: each of their bytes has the place of all of them.
+        runs = groupby(out, key=self._scores.__contains__)
+        return [piece for known, run in runs for piece in (run if known else ["".join(run)])]
 
     def _sum(self, words: Iterable[str], score: float) -> float:
         """The score behind words whose pieces are certain, rounded after each piece."""
-        rounded = array("f" if self._float32 else "d", [score])
-        for word in words:
-            for piece_score in self._cache[word].scores:
-                rounded[0] += piece_score
-        return rounded[0]
+        scores = chain([score], chain.from_iterable(self._cache[word].scores for word in words))
+        return float(np.cumsum(np.fromiter(scores, np.float32 if self._float32 else np.float64))[-1])
 
     def _word(self, word: str) -> _Word:
         if len(word) > CACHE_WORD_LENGTH:
             return _Word([], [], 0.0, 0.0)  # never certain: it is cut exactly at once
         spans, score, margin = self.lattice.best_path(word)
         pieces = [word[start:end] for start, end in spans]
-        # The bound on the effect of rounding grows linearly with the score before the word, itself known to about 1 %.
-        unit = 1.0 if self._float32 else 2.0**-29
-        none, much = (self.lattice.float32_error(len(word), start) * unit for start in (0.0, 1e6))
-        certain = margin if margin == inf else (margin - none) / (much - none) * 0.9e6
+        # A path has at most n pieces. Adding the score of one rounds by at most half a unit of the sum, which is no more
+        # than |score before the word| + n * the largest score; two paths differ by twice the sum of that. The score
+        # before the word is itself known to about 1 % here.
+        n = len(word)
+        per_unit = 2.0 * n * (2.0**-24 if self._float32 else 2.0**-53)
+        certain = margin if margin == inf else 0.9 * (margin / per_unit - n * self._largest_score)
         if self._float32:
-            certain = min(certain, 0.9 * RESET_SCORE - 2.0 * abs(score))
+            certain = min(certain, 0.99 * RESET_SCORE - 2.0 * abs(score))
         scores = [self._scores.get(piece, self.lattice.unknown_score) for piece in pieces]
         return _Word(self._spelling.ids(pieces), scores, score, certain)
 
@@ -240,7 +249,7 @@ class UnigramSegmenter(Segmenter):
         best = array(kind, [before]) + array(kind, [-inf]) * n
         candidate = best[:1]
         starts = [0] * (n + 1)
-        for start, edges in enumerate(self.lattice.edges(word)):
+        for start, edges in enumerate(self._edges[word]):
             if self._float32 and abs(offset := best[start]) > RESET_SCORE:
                 for end in range(start, n + 1):
                     best[end] -= offset
@@ -276,11 +285,27 @@ class _Cache(dict[str, Value]):
         return value
 
 
-def _word_cutter(pieces: Iterable[str]) -> Callable[[str], list[str]]:
-    """What cuts a text where none of the pieces can reach across."""
+def word_pattern(pieces: Iterable[str]) -> str:
+    """A regular expression for words: each reaches to where no piece can go on.
+
+    Characters that stand side by side in a piece are put into one group (and with each the groups it is in already).
+    A word is a run of characters of one group: letters of one script, say, or punctuation. If "▁" stands behind no
+    other character in any piece, a word may begin with it, and ends in front of it.
+    """
     pieces = list(pieces)
-    if not any(re.search("[^▁]▁", piece) for piece in pieces):
-        return re.compile("▁+[^▁]*|[^▁]+").findall
-    if not any(re.search("▁[^▁]", piece) for piece in pieces):
-        return re.compile("[^▁]*▁+|[^▁]+").findall
-    return lambda text: [text] if text else []
+    leads = not any(_SPACE_INSIDE.search(piece) for piece in pieces)
+    group_of: dict[str, list[str]] = {}
+    for piece in pieces:
+        run = piece.lstrip(SPACE) if leads else piece
+        for left, right in pairwise(run):
+            one, other = (group_of.setdefault(character, [character]) for character in (left, right))
+            if one is not other:
+                small, large = sorted((one, other), key=len)
+                large += small
+                group_of.update(dict.fromkeys(small, large))
+    groups = {id(group): group for group in group_of.values()}.values()
+    # The largest first: they are tried one after the other. What is in no group is never part of a longer piece.
+    runs = [f"[{re.escape(''.join(group))}]+" for group in sorted(groups, key=len, reverse=True)]
+    apart = re.escape("".join(group_of)) + (SPACE if leads else "")
+    runs.append(f"[^{apart}]+" if apart else "(?s:.)+")
+    return f"{SPACE}*(?:{'|'.join(runs)})|{SPACE}+" if leads else "|".join(runs)
