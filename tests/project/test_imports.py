@@ -33,7 +33,7 @@ MAY_USE_ASIDES: dict[str, set[str]] = {"cli": {"exercises"}, "report": {"plots"}
 ORACLES = {"tokenizers", "transformers", "sentencepiece", "tiktoken", "hypothesis", "psutil"}
 
 # What is imported under a name that is not the distribution's: its module, or a part that its documentation names.
-PART_OF = {"PIL": "pillow", "cycler": "matplotlib", "jupyter_client": "nbclient"}
+PART_OF = {"PIL": "pillow", "cycler": "matplotlib", "google": "protobuf", "jupyter_client": "nbclient"}
 
 
 def room(module: str) -> str:
