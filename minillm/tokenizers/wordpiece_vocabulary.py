@@ -77,8 +77,9 @@ def _learn_from_frequent_pairs(learn: Callable[..., list[str]], vocab_size: int,
     while len(tokens := learn(min_frequency=trial)) == vocab_size:
         filled, fills, trial = tokens, trial, 2 * trial
     while len(tokens) < vocab_size and trial > fills + 1:
-        # A lower threshold gives more tokens by something like a power law, and this one takes short enough steps.
-        estimate = int(trial * (len(tokens) / vocab_size) ** 1.5)
+        # A lower threshold gives more tokens, by something like a power law: one that takes short enough steps, but for
+        # the last ones, which would be very short.
+        estimate = int(0.97 * trial * (len(tokens) / vocab_size) ** 1.5)
         trial = max(fills + 1, min(trial - 1, estimate))
         tokens = learn(min_frequency=trial)
     return filled if fills and len(tokens) < vocab_size else tokens
