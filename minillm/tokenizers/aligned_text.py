@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class AlignedText:
     """A text and the origin of each of its characters.
 
@@ -36,7 +36,9 @@ class AlignedText:
 
     def slice(self, start: int, end: int) -> AlignedText:
         """`text[start:end]`, with its origin."""
-        return AlignedText(self.text[start:end], self.starts[start:end], self.ends[start:end])
+        part = object.__new__(AlignedText)  # what is cut from texts that fit together fits together
+        part.text, part.starts, part.ends = self.text[start:end], self.starts[start:end], self.ends[start:end]
+        return part
 
     def span(self, start: int, end: int) -> tuple[int, int]:
         """The stretch of the original from which `text[start:end]` comes; ValueError if that is no character."""

@@ -22,9 +22,10 @@ from minillm.tokenizers.byte_bpe_files import decoder_json, model_json, pre_toke
 from minillm.tokenizers.merges import MAX_VOCAB_SIZE, MergeTable, Pair, learn_merges
 from minillm.tokenizers.normalization import Normalizer
 from minillm.tokenizers.padding import Padding
+from minillm.tokenizers.pieces import check_text, count_pieces
 from minillm.tokenizers.split_patterns import split_pattern
 from minillm.tokenizers.template import Template
-from minillm.tokenizers.tokenizer import Tokenizer, check_text, count_pieces
+from minillm.tokenizers.tokenizer import Tokenizer
 from minillm.tokenizers.truncation import Truncation
 
 

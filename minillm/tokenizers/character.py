@@ -13,10 +13,10 @@ from typing import Any, Self
 from minillm.tokenizers.added_tokens import AddedToken
 from minillm.tokenizers.normalization import Normalizer
 from minillm.tokenizers.padding import Padding
+from minillm.tokenizers.pieces import count_pieces
 from minillm.tokenizers.split import Split
 from minillm.tokenizers.template import Template
 from minillm.tokenizers.text_pattern import Regex
-from minillm.tokenizers.tokenizer import count_pieces
 from minillm.tokenizers.truncation import Truncation
 from minillm.tokenizers.word_level import WordLevelTokenizer, most_frequent
 

@@ -10,8 +10,7 @@ differently. Pieces repeat, so their ids are remembered.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from operator import index
 from pathlib import Path
@@ -23,14 +22,12 @@ from minillm.tokenizers.aligned_text import AlignedText
 from minillm.tokenizers.encoding import Encoding
 from minillm.tokenizers.normalization import Normalizer, normalizer_from_json
 from minillm.tokenizers.padding import Padding, padding_from_json
+from minillm.tokenizers.pieces import PieceCache, check_text
 from minillm.tokenizers.pre_tokenization import PreTokenizer, pre_tokenizer_from_json, treats_start_apart
 from minillm.tokenizers.prepare import prepare
 from minillm.tokenizers.template import Template, template_from_json
 from minillm.tokenizers.truncation import Truncation, truncation_from_json
 
-# Pieces repeat: ten megabytes of Python source hold 2.5 million of them, but only 44 thousand different ones.
-CACHE_PIECES = 1 << 17
-CACHE_PIECE_LENGTH = 128
 MAX_VOCAB_SIZE = 0x110000
 
 
@@ -80,7 +77,8 @@ class Tokenizer(ABC):
                 raise ValueError(
                     f"special token {added.text!r} has id {added.id}, but {self._vocabulary[added.text]} as a token"
                 )
-        self._cache = _PieceCache(self._encode_piece)
+        self._cache = PieceCache(self._encode_piece)
+        self._aligned_cache = PieceCache(self._describe_piece)
 
     # What each kind of tokenizer does in its own way.
 
@@ -188,10 +186,11 @@ class Tokenizer(ABC):
         for part in self._added.cut_aligned(AlignedText.of(text), self.normalizer, allow_special=allow_special):
             if isinstance(part, AlignedText):
                 for piece in self._pieces(part):
-                    piece_ids, spans = self._encode_aligned(piece)
+                    piece_ids, piece_tokens, spans = self._aligned_cache[piece.text]
                     ids += piece_ids
-                    tokens += [self._tokens[i] for i in piece_ids]
-                    offsets += [(piece.starts[start], piece.ends[end - 1]) for start, end in spans]
+                    tokens += piece_tokens
+                    starts, ends = piece.starts, piece.ends
+                    offsets += [(starts[start], ends[end - 1]) for start, end in spans]
                     words += [n_pieces] * len(piece_ids)
                     n_pieces += 1
             else:
@@ -300,52 +299,7 @@ class Tokenizer(ABC):
             return [text] if text.text else []
         return self.pre_tokenizer.align(text)
 
-    def _encode_aligned(self, piece: AlignedText) -> tuple[list[int], list[tuple[int, int]]]:
-        return self._cache[piece.text], self._piece_spans(piece.text)
-
-
-class _PieceCache(dict[str, list[int]]):
-    """piece -> token ids, computed when first asked for; emptied when full, long pieces left out: it stays small."""
-
-    def __init__(self, compute: Callable[[str], list[int]]) -> None:
-        self._compute = compute
-
-    def __missing__(self, piece: str) -> list[int]:
-        ids = self._compute(piece)
-        if len(piece) <= CACHE_PIECE_LENGTH:
-            if len(self) >= CACHE_PIECES:
-                self.clear()
-            self[piece] = ids
-        return ids
-
-
-def count_pieces(
-    texts: Iterable[str], normalizer: Callable[[str], str] | None, pre_tokenizer: PreTokenizer | None
-) -> Counter[str]:
-    """How often each piece occurs in texts, which are read one after the other and not kept: what trainers count.
-
-    Raises:
-        TypeError: `texts` is one string, or holds something else than strings.
-        ValueError: A text has a lone surrogate.
-    """
-    if isinstance(texts, str):
-        raise TypeError("texts must be an iterable of documents, got one str; for a single document pass [text]")
-    pieces: Counter[str] = Counter()
-    for text in texts:
-        check_text(text)
-        normalized = normalizer(text) if normalizer else text
-        for block in pre_tokenizer.split(normalized) if pre_tokenizer else [[normalized]]:
-            pieces.update(block)
-    pieces.pop("", None)
-    return pieces
-
-
-def check_text(text: object) -> None:
-    """TypeError unless `text` is a str; ValueError if it has a lone surrogate, which has no UTF-8 form."""
-    if not isinstance(text, str):
-        raise TypeError(f"text must be a str, got {type(text).__name__}")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        at = error.start
-        raise ValueError(f"text must not contain lone surrogates, got {text[at]!r} at index {at}") from None
+    def _describe_piece(self, piece: str) -> tuple[list[int], list[str], list[tuple[int, int]]]:
+        """The ids of a piece, how each is spelled, and which characters of the piece it stands for."""
+        ids = self._cache[piece]
+        return ids, [self._tokens[i] for i in ids], self._piece_spans(piece)

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Sequence
 from typing import Self
 
 from minillm.tokenizers.normalization import Normalizer
+from minillm.tokenizers.pieces import count_pieces
 from minillm.tokenizers.pre_tokenization import PreTokenizer, Whitespace
-from minillm.tokenizers.tokenizer import count_pieces
 from minillm.tokenizers.word_level import WordLevelTokenizer, most_frequent
 
 

@@ -15,9 +15,10 @@ from minillm.tokenizers.json_file import kind
 from minillm.tokenizers.json_options import read_options
 from minillm.tokenizers.normalization import Normalizer
 from minillm.tokenizers.padding import Padding
+from minillm.tokenizers.pieces import count_pieces
 from minillm.tokenizers.pre_tokenization import PreTokenizer
 from minillm.tokenizers.template import Template
-from minillm.tokenizers.tokenizer import MAX_VOCAB_SIZE, Tokenizer, count_pieces
+from minillm.tokenizers.tokenizer import MAX_VOCAB_SIZE, Tokenizer
 from minillm.tokenizers.truncation import Truncation
 from minillm.tokenizers.vocabulary_json import vocabulary_from_json, vocabulary_to_json
 

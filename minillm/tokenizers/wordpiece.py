@@ -25,9 +25,10 @@ from minillm.tokenizers.json_file import kind
 from minillm.tokenizers.json_options import read_options
 from minillm.tokenizers.normalization import BertNormalizer, Normalizer
 from minillm.tokenizers.padding import Padding
+from minillm.tokenizers.pieces import count_pieces
 from minillm.tokenizers.pre_tokenization import BertPreTokenizer, PreTokenizer
 from minillm.tokenizers.template import Template, bert_template
-from minillm.tokenizers.tokenizer import Tokenizer, count_pieces
+from minillm.tokenizers.tokenizer import Tokenizer
 from minillm.tokenizers.truncation import Truncation
 from minillm.tokenizers.vocabulary_json import vocabulary_from_json, vocabulary_to_json
 from minillm.tokenizers.wordpiece_decoder import WordPieceDecoder

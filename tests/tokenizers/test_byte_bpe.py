@@ -186,7 +186,7 @@ def test_a_full_cache_changes_nothing(
     pairs: dict[str, tuple[ByteBPETokenizer, Tokenizer]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ours, peer = pairs["gpt2"]
-    monkeypatch.setattr("minillm.tokenizers.tokenizer.CACHE_PIECES", 5)
+    monkeypatch.setattr("minillm.tokenizers.pieces.CACHE_PIECES", 5)
     small = copy.deepcopy(ours)
     small._cache.clear()
     assert small.encode(documents[11]) == peer.encode(documents[11]).ids

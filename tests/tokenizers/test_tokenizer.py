@@ -25,7 +25,7 @@ from minillm.tokenizers import (
 )
 from minillm.tokenizers.aligned_text import AlignedText
 from minillm.tokenizers.loading import KINDS, train_tokenizer
-from minillm.tokenizers.tokenizer import count_pieces
+from minillm.tokenizers.pieces import count_pieces
 
 DOCUMENTS = [topics[name] for name in sorted(topics)][:12]
 CLASSES = {
