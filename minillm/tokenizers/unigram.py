@@ -25,10 +25,11 @@ from minillm.tokenizers.json_options import read_options
 from minillm.tokenizers.metaspace import Metaspace
 from minillm.tokenizers.normalization import Normalizer
 from minillm.tokenizers.padding import Padding
+from minillm.tokenizers.pieces import check_text, count_pieces
 from minillm.tokenizers.pre_tokenization import PreTokenizer
 from minillm.tokenizers.sentencepiece_decoding import DecoderChain
 from minillm.tokenizers.template import Template
-from minillm.tokenizers.tokenizer import MAX_VOCAB_SIZE, Tokenizer, check_text, count_pieces
+from minillm.tokenizers.tokenizer import MAX_VOCAB_SIZE, Tokenizer
 from minillm.tokenizers.truncation import Truncation
 from minillm.tokenizers.unigram_lattice import Lattice, RandomSource, Spans
 from minillm.tokenizers.unigram_training import train_unigram
