@@ -333,10 +333,12 @@ def _one_of(characters: Iterable[str]) -> str:
     `re` goes through one by one, is then short.
     """
     codes = sorted(set(map(ord, characters)))
+    if not codes:
+        return _NOTHING
     firsts = [code for before, code in zip([-2, *codes], codes, strict=False) if code != before + 1]
     lasts = [code for code, after in zip(codes, [*codes[1:], -2], strict=True) if after != code + 1]
     ranges = (f"{re.escape(chr(first))}-{re.escape(chr(last))}" for first, last in zip(firsts, lasts, strict=True))
-    return f"[{''.join(ranges)}]" if codes else _NOTHING
+    return f"[{''.join(ranges)}]"
 
 
 def _runs(trie: DoubleArrayTrie | None, protected: list[str]) -> str:

@@ -37,13 +37,14 @@ from minillm.tokenizers import json_file, sentencepiece_json
 from minillm.tokenizers.aligned_text import AlignedText
 from minillm.tokenizers.character_map import CharacterMap
 from minillm.tokenizers.encoding import Encoding
+from minillm.tokenizers.pieces import check_text
 from minillm.tokenizers.sentencepiece_bpe import PieceMerger, learn_pieces
 from minillm.tokenizers.sentencepiece_decoding import DecoderChain, ModelDecoder
 from minillm.tokenizers.sentencepiece_model import BYTE_PIECES, Piece, PieceType, SentencePieceModel
 from minillm.tokenizers.sentencepiece_normalization import SentencePieceNormalizer
 from minillm.tokenizers.sentencepiece_segmentation import BPESegmenter, Segmenter, Spelling, UnigramSegmenter
 from minillm.tokenizers.sentencepiece_training import PieceShape, count_words, cut_digits
-from minillm.tokenizers.tokenizer import MAX_VOCAB_SIZE, Tokenizer, check_text
+from minillm.tokenizers.tokenizer import MAX_VOCAB_SIZE, Tokenizer
 from minillm.tokenizers.unigram_lattice import UNKNOWN_PENALTY, RandomSource
 from minillm.tokenizers.unigram_training import train_unigram
 

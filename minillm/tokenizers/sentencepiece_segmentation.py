@@ -231,9 +231,9 @@ class UnigramSegmenter(Segmenter):
             return _Word([], [], 0.0, 0.0)  # never certain: it is cut exactly at once
         spans, score, margin = self.lattice.best_path(word)
         pieces = [word[start:end] for start, end in spans]
-        # A path has at most n pieces. Adding the score of one rounds by at most half a unit of the sum, which is no more
-        # than |score before the word| + n * the largest score; two paths differ by twice the sum of that. The score
-        # before the word is itself known to about 1 % here.
+        # A path has at most n pieces. Adding the score of one rounds by at most half a unit of the sum, and no sum is
+        # more than |score before the word| + n * the largest score; two paths differ by twice the sum of that. The
+        # score before the word is itself known to about 1 % here.
         n = len(word)
         per_unit = 2.0 * n * (2.0**-24 if self._float32 else 2.0**-53)
         certain = margin if margin == inf else 0.9 * (margin / per_unit - n * self._largest_score)

@@ -120,8 +120,11 @@ def count_words(
     longest_first = sorted(reserved, key=len, reverse=True)
     cuts = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
     counted: Counter[str] = Counter()
+    n_reserved = 0
     for text in texts:
-        for part in cuts.split(text):
+        parts = cuts.split(text)
+        n_reserved += len(parts) - 1
+        for part in parts:
             counted.update(split_words(part) if split_by_whitespace else [part])
     counted.pop("", None)
     characters: Counter[str] = Counter()
@@ -129,7 +132,9 @@ def count_words(
         for character in word:
             characters[character] += count
     characters.pop("\0", None)
-    alphabet = _covering(characters, coverage)
+    # As to the library, each reserved text is one character of those that are to be covered.
+    alphabet = _covering(characters | {"": n_reserved}, coverage)
+    alphabet.pop("", None)
     rare = characters.keys() - alphabet.keys() | {"\0"}
     apart = re.compile(f"[{re.escape(''.join(sorted(rare)))}]+")
     words: Counter[str] = Counter()
