@@ -43,7 +43,7 @@ from minillm.tokenizers.sentencepiece_decoding import DecoderChain, ModelDecoder
 from minillm.tokenizers.sentencepiece_model import BYTE_PIECES, Piece, PieceType, SentencePieceModel
 from minillm.tokenizers.sentencepiece_normalization import SentencePieceNormalizer
 from minillm.tokenizers.sentencepiece_segmentation import BPESegmenter, Segmenter, Spelling, UnigramSegmenter
-from minillm.tokenizers.sentencepiece_training import PieceShape, count_words, cut_digits
+from minillm.tokenizers.sentencepiece_training import PieceShape, count_words
 from minillm.tokenizers.tokenizer import MAX_VOCAB_SIZE, Tokenizer
 from minillm.tokenizers.unigram_lattice import UNKNOWN_PENALTY, RandomSource
 from minillm.tokenizers.unigram_training import train_unigram
@@ -204,13 +204,13 @@ class SentencePieceTokenizer(Tokenizer):
                 f"vocab_size must be from {len(reserved) + len(counts.alphabet)} ({len(counts.alphabet)} characters, "
                 f"{len(reserved)} special tokens, symbols and bytes) to {MAX_VOCAB_SIZE}, got {vocab_size}"
             )
+        shape = PieceShape(max_piece_length, split_by_script=split_by_script, split_digits=split_digits)
+        words = shape.cut(counts.words)
         if model == "bpe":
-            shape = PieceShape(max_piece_length, split_by_script=split_by_script, split_digits=split_digits)
-            merged = learn_pieces(counts.words, n_learned - len(counts.alphabet), shape)
+            merged = learn_pieces(words, n_learned - len(counts.alphabet), shape)
             learned = [Piece(text, -float(n)) for n, text in enumerate([*merged, *counts.alphabet])]
         else:
-            words = cut_digits(counts.words) if split_digits else counts.words
-            scores = train_unigram(words, n_learned, max_piece_length=max_piece_length, split_by_script=split_by_script)
+            scores = train_unigram(words, n_learned, max_piece_length=max_piece_length)
             learned = [Piece(text, float(np.float32(score))) for text, score in scores.items()]
         return cls.from_model(
             SentencePieceModel(

@@ -52,6 +52,33 @@ class PieceShape:
             return False
         return not self.split_by_script or self._one_script(text)
 
+    def cut(self, words: Mapping[str, int]) -> dict[str, int]:
+        """Counted words in stretches that no piece reaches across: there are fewer different ones of these."""
+        out: Counter[str] = Counter()
+        for word, count in words.items():
+            for stretch in self._stretches(word):
+                out[stretch] += count
+        return dict(out)
+
+    def _stretches(self, word: str) -> list[str]:
+        stretches = [part for part in _DIGIT_APART.split(word) if part] if self.split_digits else [word]
+        if not self.split_by_script or not self.split_by_number:
+            return stretches
+        out: list[str] = []
+        for stretch in stretches:
+            if stretch.removeprefix(SPACE).isascii():
+                out += _LETTERS_APART.findall(stretch)
+                continue
+            start, before = 0, _INHERITED
+            for at, character in enumerate(stretch):
+                script = _INHERITED if character == SPACE else _script(character)
+                if _INHERITED not in (before, script) and before != script:
+                    out.append(stretch[start:at])
+                    start = at
+                before = script
+            out.append(stretch[start:])
+        return out
+
     def _one_script(self, text: str) -> bool:
         before = _ANY
         for character in text:
@@ -70,6 +97,8 @@ class PieceShape:
 
 # Only these digits, narrow and wide, are digits to SentencePiece.
 _DIGIT = re.compile("[0-9０-９]")
+# Of ASCII, behind a space or none: all that are not letters are of one script.
+_LETTERS_APART = re.compile("▁?(?:[A-Za-z]+|[^A-Za-z▁]+)|▁")
 _DIGIT_APART = re.compile("([0-9０-９])")
 _ANY = -1
 _OTHER_SCRIPTS = [script for script in SCRIPTS if script != "Inherited"]
@@ -145,15 +174,6 @@ def count_words(
             for part in filter(None, apart.split(word)):
                 words[part] += count
     return Counts(dict(words), alphabet)
-
-
-def cut_digits(words: Mapping[str, int]) -> dict[str, int]:
-    """Words in which each digit 0-9 stands alone, for trainers that do not ask which texts may be a piece."""
-    out: Counter[str] = Counter()
-    for word, count in words.items():
-        for part in filter(None, _DIGIT_APART.split(word)):
-            out[part] += count
-    return dict(out)
 
 
 def _covering(characters: Mapping[str, int], coverage: float) -> dict[str, int]:

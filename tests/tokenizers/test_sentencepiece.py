@@ -337,7 +337,7 @@ def test_sampling_and_the_n_best(
     assert [score for _, score in best] == sorted((score for _, score in best), reverse=True)
     rng = random.Random(0)
     drawn = Counter(tuple(tokenizer.sample("functionality", rng, alpha=0.1)) for _ in range(200))
-    assert len(drawn) > 20
+    assert len(drawn) > 10
     assert {tokenizer.decode(ids) for ids in drawn} == {"functionality"}
     with pytest.raises(ValueError, match="drawn from Unigram models"):
         own["bpe"].encode_n_best("a", 2)

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minillm.tokenizers.sentencepiece_bpe import PieceMerger, learn_pieces, learn_pieces_plain, merge_plain
-from minillm.tokenizers.sentencepiece_training import PieceShape, count_words, cut_digits, split_words
+from minillm.tokenizers.sentencepiece_training import PieceShape, count_words, split_words
 
 LINES = [line for name in sorted(topics)[:40] for line in topics[name].split("\n") if line]
 LINES += [
@@ -68,7 +68,7 @@ def test_training_learns_what_sentencepiece_learns(options: dict[str, Any], shap
         reserved=reserved,
         split_by_whitespace=shape.split_by_whitespace,
     )
-    merged = learn_pieces(counts.words, vocab_size - len(reserved) - len(counts.alphabet), shape)
+    merged = learn_pieces(shape.cut(counts.words), vocab_size - len(reserved) - len(counts.alphabet), shape)
     assert [*reserved, *merged, *counts.alphabet] == [theirs.id_to_piece(i) for i in range(vocab_size)]
 
 
@@ -132,4 +132,11 @@ def test_counting_words() -> None:
     assert counts.words == {"▁ab": 3, "▁c": 1, "ab": 1}
     assert counts.alphabet == {"a": 4, "b": 4, "▁": 4, "c": 1}
     assert split_words("▁a▁▁b") == ["", "▁a", "▁", "▁b"]
-    assert cut_digits({"a12": 2, "1": 3}) == {"a": 2, "1": 5, "2": 2}
+
+
+def test_words_are_cut_where_no_piece_can_be() -> None:
+    words = {"▁ab12.": 2, "▁1": 3, "日本のab́б": 1, "▁": 1}
+    assert PieceShape().cut(words) == {"▁ab": 2, "12.": 2, "▁1": 3, "日本の": 1, "ab́б": 1, "▁": 1}
+    assert PieceShape(split_digits=True).cut({"▁ab12.": 2}) == {"▁ab": 2, "1": 2, "2": 2, ".": 2}
+    assert PieceShape(split_by_number=False).cut(words) == PieceShape(split_by_script=False).cut(words) == words
+    assert PieceShape(split_by_whitespace=False).cut({"▁a▁b.é▁é1": 1}) == {"▁a▁b": 1, ".": 1, "é▁é": 1, "1": 1}
