@@ -5,11 +5,6 @@ two programs can disagree about a version of Unicode. The table is one block of 
 
     size of the trie in bytes (4 bytes, little-endian) | trie | replacements, each ended by a zero byte
 
-The trie is a "double array" (Aoe, "An efficient digital search algorithm by using a double-array structure", 1989) as
-the library Darts-clone lays it out: 32-bit units, each a state. From state s, byte b leads to t = s xor offset(s) xor b
-if the unit at t is labelled b; a state in which a rule ends has its value, the place of the replacement, at
-s xor offset(s).
-
 There are two readings of such a table. SentencePiece replaces, at each place from left to right, the longest rule that
 matches. The `tokenizers` library ("Precompiled" in a tokenizer.json) goes from grapheme to grapheme: one of less than
 six bytes is replaced as a whole by what the *shortest* rule at its start says, else each of its characters is replaced
@@ -22,23 +17,17 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-import struct
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import regex
 
 from minillm.tokenizers.aligned_text import AlignedText
+from minillm.tokenizers.double_array_trie import DoubleArrayTrie
 
 CACHE_SIZE = 1 << 14
 CACHE_LENGTH = 32
-MAX_STEPS = 1 << 20  # those of nmt_nfkc_cf are some ten thousand
 _NOTHING = r"(?!)"
-_ROOT = 0
-_LABEL = 0x800000FF  # of a value, the highest bit is set: it is nobody's label
-_ENDS = 0x100
-_VALUE = 0x7FFFFFFF
 _GRAPHEMES = regex.compile(r"\X")
 # Characters that are a grapheme by themselves, unless one that is not stands beside them (or, after \r, \n).
 _ALONE = r"\p{GCB=Other}\p{GCB=Control}\p{GCB=CR}\p{GCB=LF}가-힣"
@@ -244,86 +233,6 @@ def _read(compiled: bytes) -> tuple[DoubleArrayTrie, bytes]:
         if not rest or 0x80 <= rest[0] < 0xC0 or b"\0" not in replacements[value:]:
             raise ValueError(f"character map: there is no replacement at {value}")
     return trie, replacements
-
-
-class DoubleArrayTrie:
-    """The trie of a compiled map: from the UTF-8 bytes of a text to a number.
-
-    Args:
-        units: Its states and values, four bytes each.
-
-    Raises:
-        ValueError: The size is not a multiple of 4, a value lies outside, a text in it is not UTF-8, or it is too big.
-    """
-
-    def __init__(self, units: bytes) -> None:
-        if not units or len(units) % 4:
-            raise ValueError(f"a trie must have a multiple of 4 bytes, got {len(units)}")
-        self._units = struct.unpack(f"<{len(units) // 4}I", units)
-        # What leads from a state with base = s xor offset(s) by byte b is at base xor b: whoever is labelled b knows
-        # its base. No text in a trie has a zero byte.
-        self._leading_from: dict[int, list[tuple[int, int]]] = defaultdict(list)
-        for state, unit in enumerate(self._units):
-            if 0 < (byte := unit & _LABEL) < 256:
-                self._leading_from[state ^ byte].append((byte, state))
-        self.single: set[str] = set()
-        self.first: set[str] = set()
-        self.following: set[str] = set()
-        self.values: set[int] = set()
-        self._read_alphabet()
-
-    def prefixes(self, text: bytes) -> Iterator[tuple[int, int]]:
-        """(length, value) of each text of the trie with which `text` begins, the shortest first."""
-        units = self._units
-        state = _ROOT
-        for length, byte in enumerate(text, 1):
-            state ^= _offset(units[state]) ^ byte
-            if state >= len(units) or units[state] & _LABEL != byte:
-                return
-            if units[state] & _ENDS:
-                yield length, units[state ^ _offset(units[state])] & _VALUE
-
-    def _read_alphabet(self) -> None:
-        """Find the characters that are a text, that begin a longer one, and that follow in one."""
-        pending = [_ROOT]
-        seen = {_ROOT}  # like ends of texts are stored once: several ways may lead to one state
-        steps = 0
-        while pending:
-            state = pending.pop()
-            for character, after in self._characters_from(state, b""):
-                if (steps := steps + 1) > MAX_STEPS:
-                    raise ValueError(f"a trie must have at most {MAX_STEPS} steps from character to character")
-                if state != _ROOT:
-                    self.following.add(character)
-                elif self._units[after] & _ENDS:
-                    self.single.add(character)
-                if state == _ROOT and self._leading_from.get(after ^ _offset(self._units[after])):
-                    self.first.add(character)
-                if after not in seen:
-                    seen.add(after)
-                    pending.append(after)
-
-    def _characters_from(self, state: int, begun: bytes) -> Iterator[tuple[str, int]]:
-        for byte, after in self._leading_from.get(state ^ _offset(self._units[state]), ()):
-            character = begun + bytes([byte])
-            unit = self._units[after]
-            try:
-                whole = character.decode()
-            except UnicodeDecodeError as error:
-                if error.reason != "unexpected end of data" or unit & _ENDS:
-                    raise ValueError(f"a text of the trie has {character!r}, which is not UTF-8") from None
-                yield from self._characters_from(after, character)
-                continue
-            if unit & _ENDS:
-                if (at := after ^ _offset(unit)) >= len(self._units):
-                    raise ValueError("a value lies outside the trie")
-                self.values.add(self._units[at] & _VALUE)
-            yield whole, after
-
-
-def _offset(unit: int) -> int:
-    """Bits 10 to 31 of a unit; if bit 9 is set, times 256."""
-    return (unit >> 10) << ((unit & 0x200) >> 6)
 
 
 def _one_of(characters: Iterable[str]) -> str:

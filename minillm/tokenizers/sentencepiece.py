@@ -16,7 +16,7 @@ text differently, because the two libraries do:
   is normalized alone; a space in front is put only before the first one, and not if it begins with a space.
 - A character map is read grapheme by grapheme there (see `character_map`).
 - Unigram: which of two nearly equally likely segmentations wins is decided by rounding (see
-  `sentencepiece_segmentation`): in single precision here, in double precision there, where also, if no piece has a "▁"
+  `sentencepiece_unigram`): in single precision here, in double precision there, where also, if no piece has a "▁"
   inside, each word is cut by itself.
 - Decoding: see `sentencepiece_decoding`.
 
@@ -27,7 +27,6 @@ Sources: Kudo and Richardson, "SentencePiece" (2018); Kudo, "Subword regularizat
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from operator import index
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -38,15 +37,16 @@ from minillm.tokenizers.aligned_text import AlignedText
 from minillm.tokenizers.character_map import CharacterMap
 from minillm.tokenizers.encoding import Encoding
 from minillm.tokenizers.pieces import check_text
-from minillm.tokenizers.sentencepiece_bpe import PieceMerger, learn_pieces
+from minillm.tokenizers.sentencepiece_bpe import PieceMerger
 from minillm.tokenizers.sentencepiece_decoding import DecoderChain, ModelDecoder
-from minillm.tokenizers.sentencepiece_model import BYTE_PIECES, Piece, PieceType, SentencePieceModel
+from minillm.tokenizers.sentencepiece_model import BYTE_PIECES, PieceType, SentencePieceModel
 from minillm.tokenizers.sentencepiece_normalization import SentencePieceNormalizer
-from minillm.tokenizers.sentencepiece_segmentation import BPESegmenter, Segmenter, Spelling, UnigramSegmenter
-from minillm.tokenizers.sentencepiece_training import PieceShape, count_words
-from minillm.tokenizers.tokenizer import MAX_VOCAB_SIZE, Tokenizer
+from minillm.tokenizers.sentencepiece_segmentation import BPESegmenter, Segmenter, Spelling
+from minillm.tokenizers.sentencepiece_training import train_model
+from minillm.tokenizers.sentencepiece_unigram import UnigramSegmenter
+from minillm.tokenizers.sentencepiece_words import PieceShape
+from minillm.tokenizers.tokenizer import Tokenizer
 from minillm.tokenizers.unigram_lattice import UNKNOWN_PENALTY, RandomSource
-from minillm.tokenizers.unigram_training import train_unigram
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -176,53 +176,20 @@ class SentencePieceTokenizer(Tokenizer):
             ValueError: The texts are empty or have a lone surrogate; `vocab_size` is too small for the characters;
                 symbols conflict; another argument is out of range.
         """
-        if isinstance(texts, str):
-            raise TypeError("texts must be an iterable of documents, got one str; for a single document pass [text]")
-        if model not in ("unigram", "bpe"):
-            raise ValueError(f"model must be 'unigram' or 'bpe', got {model!r}")
-        if not 0.0 < character_coverage <= 1.0:
-            raise ValueError(f"character_coverage must be more than 0 and at most 1, got {character_coverage}")
-        if not 1 <= index(max_piece_length) <= 255:
-            raise ValueError(f"max_piece_length must be from 1 to 255, got {max_piece_length}")
-        reserved = _reserved_pieces(special_tokens, user_defined_symbols, byte_fallback)
-        compiled = normalizer.compiled if isinstance(normalizer, CharacterMap) else normalizer
-        normalize = SentencePieceNormalizer(
-            CharacterMap(compiled, protected=user_defined_symbols),
+        trained = train_model(
+            texts,
+            vocab_size,
+            algorithm=model,
+            byte_fallback=byte_fallback,
+            character_coverage=character_coverage,
+            character_map=normalizer.compiled if isinstance(normalizer, CharacterMap) else normalizer,
             add_dummy_prefix=add_dummy_prefix,
             remove_extra_whitespaces=remove_extra_whitespaces,
+            shape=PieceShape(max_piece_length, split_by_script=split_by_script, split_digits=split_digits),
+            special_tokens=special_tokens,
+            user_defined_symbols=user_defined_symbols,
         )
-        counts = count_words(
-            (normalize(_checked(text)) for text in texts),
-            coverage=character_coverage,
-            reserved=[piece.text for piece in reserved],
-        )
-        if not counts.words:
-            raise ValueError("texts must hold at least one character: nothing can be learned from an empty corpus")
-        n_learned = index(vocab_size) - len(reserved)
-        if not len(counts.alphabet) <= n_learned <= MAX_VOCAB_SIZE - len(reserved):
-            raise ValueError(
-                f"vocab_size must be from {len(reserved) + len(counts.alphabet)} ({len(counts.alphabet)} characters, "
-                f"{len(reserved)} special tokens, symbols and bytes) to {MAX_VOCAB_SIZE}, got {vocab_size}"
-            )
-        shape = PieceShape(max_piece_length, split_by_script=split_by_script, split_digits=split_digits)
-        words = shape.cut(counts.words)
-        if model == "bpe":
-            merged = learn_pieces(words, n_learned - len(counts.alphabet), shape)
-            learned = [Piece(text, -float(n)) for n, text in enumerate([*merged, *counts.alphabet])]
-        else:
-            scores = train_unigram(words, n_learned, max_piece_length=max_piece_length)
-            learned = [Piece(text, float(np.float32(score))) for text, score in scores.items()]
-        return cls.from_model(
-            SentencePieceModel(
-                (*reserved, *learned),
-                algorithm=model,
-                byte_fallback=byte_fallback,
-                add_dummy_prefix=add_dummy_prefix,
-                remove_extra_whitespaces=remove_extra_whitespaces,
-                character_map=compiled,
-                normalizer_name="user_defined" if compiled else "identity",
-            )
-        )
+        return cls.from_model(trained)
 
     @property
     def special_tokens(self) -> dict[str, int]:
@@ -317,28 +284,3 @@ class SentencePieceTokenizer(Tokenizer):
         vocabulary, segmenter = sentencepiece_json.read_model(content.get("model"))
         decoder = DecoderChain(content.get("decoder"))
         return cls(vocabulary, segmenter, decoder, algorithm=content["model"], **common)
-
-
-def _checked(text: str) -> str:
-    check_text(text)
-    return text
-
-
-def _reserved_pieces(special_tokens: Sequence[str], symbols: Sequence[str], byte_fallback: bool) -> list[Piece]:
-    """The pieces that are not learned; ValueError if two of them are spelled alike or there is no unknown piece."""
-    if not special_tokens:
-        raise ValueError("special_tokens must begin with the unknown piece, got none")
-    kinds = [PieceType.UNKNOWN] + [PieceType.CONTROL] * (len(special_tokens) - 1)
-    pieces = [Piece(text, 0.0, kind) for text, kind in zip(special_tokens, kinds, strict=True)]
-    pieces += [Piece(text, 0.0, PieceType.USER_DEFINED) for text in symbols]
-    pieces += [Piece(text, 0.0, PieceType.BYTE) for text in BYTE_PIECES if byte_fallback]
-    spelled: set[str] = set()
-    for text, _, _ in pieces:
-        check_text(text)
-        if not text or "\0" in text or text in spelled:
-            raise ValueError(
-                "special_tokens and user_defined_symbols must differ from each other and from bytes, have no zero "
-                f"character and not be empty, got {text!r}"
-            )
-        spelled.add(text)
-    return pieces

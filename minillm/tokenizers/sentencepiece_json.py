@@ -24,7 +24,8 @@ from minillm.tokenizers.sentencepiece_bpe import PieceMerger
 from minillm.tokenizers.sentencepiece_decoding import llama_decoder
 from minillm.tokenizers.sentencepiece_model import BYTE_PIECES, PieceType, SentencePieceModel
 from minillm.tokenizers.sentencepiece_normalization import SPACE, SentencePieceNormalizer
-from minillm.tokenizers.sentencepiece_segmentation import BPESegmenter, Segmenter, Spelling, UnigramSegmenter
+from minillm.tokenizers.sentencepiece_segmentation import BPESegmenter, Segmenter, Spelling
+from minillm.tokenizers.sentencepiece_unigram import UnigramSegmenter
 from minillm.tokenizers.unigram_lattice import UNKNOWN_PENALTY
 
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minillm.tokenizers.sentencepiece_bpe import PieceMerger, learn_pieces, learn_pieces_plain, merge_plain
-from minillm.tokenizers.sentencepiece_training import PieceShape, count_words, split_words
+from minillm.tokenizers.sentencepiece_words import PieceShape, count_words, split_words
 
 LINES = [line for name in sorted(topics)[:40] for line in topics[name].split("\n") if line]
 LINES += [

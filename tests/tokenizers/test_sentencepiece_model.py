@@ -105,7 +105,7 @@ def test_damaged_files_never_do_more_than_raise_a_value_error(tmp_path: Path) ->
     model.save(path)
     whole = path.read_bytes()
     messages = []
-    for n in range(400):
+    for n in range(200):
         content = bytearray(whole[: random_bytes.randrange(len(whole))] if n % 3 == 0 else whole)
         for _ in range(random_bytes.randrange(1, 4)):
             if content:
@@ -115,7 +115,7 @@ def test_damaged_files_never_do_more_than_raise_a_value_error(tmp_path: Path) ->
             SentencePieceModel.load(path)
         except ValueError as error:
             messages.append(str(error))
-    assert len(messages) > 130
+    assert len(messages) > 60
     assert all(message.startswith(f"{path}: not a SentencePiece model: ") for message in messages)
 
 
