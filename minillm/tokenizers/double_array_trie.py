@@ -52,7 +52,8 @@ class DoubleArrayTrie:
         state = _ROOT
         for length, byte in enumerate(text, 1):
             state ^= _offset(units[state]) ^ byte
-            if state >= len(units) or units[state] & _LABEL != byte:
+            # Units that nobody uses may be labelled zero: no text of the trie has such a byte.
+            if state >= len(units) or units[state] & _LABEL != byte or not byte:
                 return
             if units[state] & _ENDS:
                 yield length, units[state ^ _offset(units[state])] & _VALUE

@@ -10,7 +10,7 @@ from minillm.tokenizers.double_array_trie import DoubleArrayTrie
 
 
 def built(values: dict[str, int]) -> bytes:
-    """The array of a trie: each state takes the first base that is nobody's and at which none of its places is taken."""
+    """The array of a trie: each state takes the first base that is nobody's and at which its places are free."""
     bases: set[int] = set()
     children: dict[bytes, set[int]] = {b"": set()}
     for text in values:
