@@ -1,15 +1,16 @@
-"""SentencePiece's normalization: a compiled map from short strings to what replaces them.
+"""SentencePiece's normalization: a compiled map from short texts to what replaces them.
 
-A `.model` file carries its normalization (NFKC with changes, mostly) as a table of some ten thousand rules, so that no
-two programs can disagree about a version of Unicode. The table is one block of bytes:
+A `.model` file carries its normalization (NFKC with changes, mostly) as a table, so that no two programs can disagree
+about a version of Unicode. It has two hundred thousand rules, most of them ways to write a Hangul syllable, and is one
+block of bytes:
 
     size of the trie in bytes (4 bytes, little-endian) | trie | replacements, each ended by a zero byte
 
 There are two readings of such a table. SentencePiece replaces, at each place from left to right, the longest rule that
 matches. The `tokenizers` library ("Precompiled" in a tokenizer.json) goes from grapheme to grapheme: one of less than
-six bytes is replaced as a whole by what the *shortest* rule at its start says, else each of its characters is replaced
-by itself. The two differ where a rule is followed by a combining mark: "ﬁ" + acute accent is "fí" to one and "fi" to
-the other.
+six bytes is replaced as a whole by what the *shortest* rule at its start says; without one, and of longer graphemes,
+each character is replaced alone. The two differ where a rule is followed by a combining mark: "ﬁ" + acute accent is
+"fí" to one and "fi" to the other.
 """
 
 from __future__ import annotations
