@@ -220,7 +220,7 @@ class SentencePieceTokenizer(Tokenizer):
         ids = [i for i, _, _ in found]
         return Encoding.of_text(ids, [self.id_to_token(i) for i in ids], offsets, [0] * len(ids))
 
-    def encode_n_best(self, text: str, n: int) -> list[tuple[list[int], float]]:
+    def n_best_encode(self, text: str, n: int) -> list[tuple[list[int], float]]:
         """The ids of the n most likely segmentations (of all, if there are fewer), with their log probabilities.
 
         Raises:
@@ -229,7 +229,7 @@ class SentencePieceTokenizer(Tokenizer):
         segmenter, normalized = self._unigram(text)
         return [(segmenter.ids(normalized, spans), score) for spans, score in segmenter.lattice.n_best(normalized, n)]
 
-    def sample(self, text: str, rng: RandomSource, *, alpha: float = 1.0) -> list[int]:
+    def sample_encode(self, text: str, rng: RandomSource, *, alpha: float = 1.0) -> list[int]:
         """The ids of a random segmentation, drawn with a probability proportional to P^alpha: subword regularization.
 
         Raises:

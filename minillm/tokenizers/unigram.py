@@ -209,13 +209,15 @@ class UnigramTokenizer(Tokenizer):
             out.append((list(chain.from_iterable(reversed(parts))), score))
         return out
 
-    def sample_encode(self, text: str, alpha: float, rng: RandomSource, *, allow_special: bool = True) -> list[int]:
+    def sample_encode(
+        self, text: str, rng: RandomSource, *, alpha: float = 1.0, allow_special: bool = True
+    ) -> list[int]:
         """The ids of a random segmentation, drawn with a probability proportional to P^alpha.
 
         Args:
             text, allow_special: As for `encode`.
-            alpha: 0 makes all segmentations equally likely, a large one gives the best nearly always.
             rng: A `random.Random` or a `numpy.random.Generator`.
+            alpha: 0 makes all segmentations equally likely, a large one gives the best nearly always.
 
         Raises:
             TypeError, ValueError: As for `encode`; `alpha` is negative or not finite.

@@ -332,18 +332,18 @@ def test_sampling_and_the_n_best(
 ) -> None:
     tokenizer, peer = ours["unigram"], theirs("unigram")
     text = "the functions of objects"
-    best = tokenizer.encode_n_best(text, 20)
+    best = tokenizer.n_best_encode(text, 20)
     assert [ids for ids, _ in best] == peer.nbest_encode(text, nbest_size=20)
     assert best[0][0] == tokenizer.encode(text)
     assert [score for _, score in best] == sorted((score for _, score in best), reverse=True)
     rng = random.Random(0)
-    drawn = Counter(tuple(tokenizer.sample("functionality", rng, alpha=0.1)) for _ in range(200))
+    drawn = Counter(tuple(tokenizer.sample_encode("functionality", rng, alpha=0.1)) for _ in range(200))
     assert len(drawn) > 10
     assert {tokenizer.decode(ids) for ids in drawn} == {"functionality"}
     with pytest.raises(ValueError, match="drawn from Unigram models"):
-        own["bpe"].encode_n_best("a", 2)
+        own["bpe"].n_best_encode("a", 2)
     with pytest.raises(ValueError, match="n must be at least 1, got 0"):
-        tokenizer.encode_n_best("a", 0)
+        tokenizer.n_best_encode("a", 0)
 
 
 def test_unused_pieces_control_pieces_and_a_denormalizer() -> None:

@@ -234,15 +234,15 @@ def test_samples_are_segmentations_as_often_as_they_are_likely(pairs: Pairs) -> 
     paths = ours.n_best_encode(text, 100_000)
     for alpha in (0.3, 1.0):
         rng = np.random.default_rng(1)
-        drawn = Counter(tuple(ours.sample_encode(text, alpha, rng)) for _ in range(2000))
+        drawn = Counter(tuple(ours.sample_encode(text, rng, alpha=alpha)) for _ in range(2000))
         weights = {tuple(ids): math.exp(alpha * (score - paths[0][1])) for ids, score in paths}
         total = sum(weights.values())
         for ids, _ in paths[:5]:
             expected = weights[tuple(ids)] / total
             assert drawn[tuple(ids)] / 2000 == pytest.approx(expected, abs=5 * (expected / 2000) ** 0.5 + 1e-3)
         assert all(ours.decode(ids) == ours.decode(ours.encode(text)) for ids in drawn)
-    assert ours.sample_encode(text, 1e9, random.Random(0)) == ours.encode(text)
-    assert ours.sample_encode("", 1.0, random.Random(0)) == []
+    assert ours.sample_encode(text, random.Random(0), alpha=1e9) == ours.encode(text)
+    assert ours.sample_encode("", random.Random(0), alpha=1.0) == []
     assert ours.n_best_encode("", 3) == [([], 0.0)]
 
 
@@ -252,7 +252,7 @@ def test_special_tokens_are_text_if_not_allowed(pairs: Pairs) -> None:
     assert pad in ours.encode("a<pad>")
     ids = ours.encode("a<pad>", allow_special=False)
     assert [ids] == [ids for ids, _ in ours.n_best_encode("a<pad>", 1, allow_special=False)]
-    assert ours.sample_encode("a<pad>", 1e9, random.Random(0), allow_special=False) == ids
+    assert ours.sample_encode("a<pad>", random.Random(0), alpha=1e9, allow_special=False) == ids
 
 
 def test_training_gives_the_vocabulary_that_was_asked_for() -> None:
@@ -335,7 +335,7 @@ def test_unusable_arguments_are_refused(pairs: Pairs) -> None:
         ours.n_best_encode("a", 0)
     for alpha in (-1.0, math.inf, math.nan):
         with pytest.raises(ValueError, match="alpha must be a finite number"):
-            ours.sample_encode("", alpha, random.Random(0))
+            ours.sample_encode("", random.Random(0), alpha=alpha)
     with pytest.raises(ValueError, match="lone surrogates"):
         ours.n_best_encode("\ud800", 1)
     with pytest.raises(ValueError, match="token id"):
