@@ -156,12 +156,16 @@ class JudgedCell(IPyNbCell):  # type: ignore[misc]  # nbval is not typed
         if isinstance(error, CellStoppedError):
             return str(error)
         raised = next((output for output in self.test_outputs or [] if output.output_type == "error"), None)
-        if raised is None:
-            return str(error) if self.parent.timed_out else "; ".join(self.comparison_traceback)
         answer = self.parent.answer_to(self.part)
-        place = "" if answer is None else wording.place_in(answer.source, "\n".join(raised.traceback))
-        if raised.ename == "KeyboardInterrupt" and self.parent.timed_out:
-            return f"still running after {self.config.option.nbval_cell_timeout:g} s{place}: does a loop never end?"
+        place = ""
+        if raised is not None and answer is not None:
+            place = wording.place_in(answer.source, "\n".join(raised.traceback))
+        # Whatever came after the time was up, an error, other output or nothing at all, came of the interrupt.
+        if self.parent.timed_out:
+            seconds = self.config.option.nbval_cell_timeout
+            return f"still running after {seconds:g} s{place}: does a loop never end, or does it try every possibility?"
+        if raised is None:
+            return "; ".join(self.comparison_traceback)
         defines = [] if answer is None else answer.metadata["judge"]["defines"]
         return wording.of_exception(str(raised.ename), str(raised.evalue), defines=defines, place=place)
 

@@ -8,11 +8,11 @@ class Mistake(AssertionError):  # noqa: N818 - a check reads "raise Mistake(...)
     """An answer is wrong, and the message says how in one sentence ("your mask lets a token see the next one").
 
     IPython shows an exception through ``_render_traceback_`` where the class has it, so a student sees the sentence
-    alone.
+    alone. Lines become one; spaces within a line stay as they are, for two texts may differ in nothing else.
     """
 
     def __init__(self, message: str) -> None:
-        message = " ".join(str(message).split())
+        message = " ".join(line.strip() for line in str(message).splitlines() if line.strip())
         super().__init__(message if len(message) <= _LONGEST else message[: _LONGEST - 3] + "...")
 
     def _render_traceback_(self) -> list[str]:

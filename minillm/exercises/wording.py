@@ -22,8 +22,12 @@ def without_colours(text: str) -> str:
 
 
 def shorten(message: str) -> str:
-    """One line of at most ``LONGEST`` characters, which any terminal and file can take: no half surrogate pairs."""
-    message = " ".join(message.encode("utf-8", "backslashreplace").decode().split())
+    """One line of at most ``LONGEST`` characters, which any terminal and file can take: no half surrogate pairs.
+
+    Spaces within a line are kept: where a text has a space too many, the sentence must show it.
+    """
+    message = message.encode("utf-8", "backslashreplace").decode()
+    message = " ".join(line.strip() for line in message.splitlines() if line.strip())
     return message if len(message) <= LONGEST else message[: LONGEST - 3] + "..."
 
 

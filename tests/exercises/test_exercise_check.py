@@ -3,13 +3,16 @@
 import io
 import os
 import sys
+from types import SimpleNamespace
 
 import pytest
+from nbval.plugin import NbCellError
 
 from minillm.exercises import check
 from minillm.exercises.assemble import assemble
 from minillm.exercises.checking import report_of
 from minillm.exercises.folder import find_exercise
+from minillm.exercises.judge import JudgedCell
 from minillm.exercises.run import Run
 from minillm.exercises.submission import read_submission
 
@@ -42,13 +45,26 @@ def test_answers_that_hang_die_flood_and_exit_cost_only_their_own_part(student, 
     assert "checking 90.1 ... 00:0" in terminal.getvalue()
     assert status(report) == {"90.1": "failed", "90.2": "failed", "90.3": "failed", "90.4": "failed", "90.5": "passed"}
     assert "still running after 4 s" in message(report, "90.1")
-    assert "does a loop never end?" in message(report, "90.1")
+    assert "(line 2 of your answer: while True:): does a loop never end, or does it try every possibility?" in message(
+        report, "90.1"
+    )
     assert "ended the Python process" in message(report, "90.2")
     assert "printed more than 1,000,000 characters" in message(report, "90.3")
     assert "ends the notebook" in message(report, "90.4")
     assert not report.passed
     assert path.read_bytes() == before
     assert "1 of 5 parts passed" in report.render()
+
+
+@pytest.mark.parametrize("ename", [None, "KeyboardInterrupt", "Mistake"])
+def test_whatever_an_interrupt_leaves_behind_the_time_was_up(ename):
+    """A loaded machine may lose the interrupt's own error, and an answer may catch it and go on."""
+    output = SimpleNamespace(output_type="error", ename=ename, evalue="the sum of no numbers is 0", traceback=[])
+    config = SimpleNamespace(option=SimpleNamespace(nbval_cell_timeout=30.0))
+    file = SimpleNamespace(timed_out=True, config=config, answer_to=lambda part: None)
+    cell = SimpleNamespace(parent=file, config=config, part="90.1", test_outputs=[output] if ename else [])
+    said = JudgedCell.explain(cell, NbCellError(1, "Cell outputs differ", ""))
+    assert said == "still running after 30 s: does a loop never end, or does it try every possibility?"
 
 
 def test_the_report_gives_each_part_a_line_and_what_failed_a_hint(student):
@@ -122,7 +138,7 @@ def test_a_slip_of_the_pen_is_no_reason_to_hint_at_the_idea(student):
         "line 1 of your answer is not Python ('(' was never closed): f(",
         "NameError: name 'x' is not defined (line 2 of your answer: x)",
         "your answer does not define largest: was it renamed?",
-        "still running after 30 s (line 2 of your answer: while True:): does a loop never end?",
+        "still running after 30 s (line 2 of your answer: while True:): does a loop never end, or does it try",
         "IndexError: list index out of range",
     )
     report = _report(student, {f"90.{n}": message for n, message in enumerate(slips, start=1)})

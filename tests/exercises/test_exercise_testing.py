@@ -3,7 +3,7 @@
 import pytest
 
 from minillm.course.notebooks import read_notebook, write_notebook
-from minillm.exercises import build
+from minillm.exercises import Mistake, build
 from minillm.exercises.testing import ExerciseTests, judge
 
 WRONG = {
@@ -106,6 +106,14 @@ def test_checks_that_pass_without_an_answer_are_found(tests_of, exercises):
 def test_one_answer_is_judged_without_a_kernel(exercises, answer, message):
     said = judge("90", "90.1", answer, folder=exercises)
     assert said is None if message is None else message in said
+
+
+def test_a_message_is_one_line_and_keeps_its_spaces(exercises):
+    """Where a text has a space too many, both texts must be seen to differ."""
+    answer = "def total(numbers):\n    class Mistake(Exception): pass\n    raise Mistake({!r})"
+    said = judge("90", "90.1", answer.format("it is '  low',\n\n    you return ' low'\n"), folder=exercises)
+    assert said == "it is '  low', you return ' low'"
+    assert str(Mistake("it is '  low',\n\n    you return ' low'\n")) == said
 
 
 def test_an_answer_that_never_ends_is_stopped(exercises, monkeypatch):
