@@ -658,7 +658,7 @@ def encode(text, merges, special_tokens):
             ),
             "divided by the sum": (
                 PAIR_SCORES.format(**SCORED | {"score": "n / (pieces[a] + pieces[b])"}),
-                "you say 0.3158, that divides by the sum of the two counts",
+                "you say 0.3333, that divides by the sum of the two counts",
             ),
             "divided by the left count only": (
                 PAIR_SCORES.format(**SCORED | {"score": "n / pieces[a]"}),
@@ -686,7 +686,7 @@ def encode(text, merges, special_tokens):
             ),
             "the last piece has no count": (
                 PAIR_SCORES.format(**SCORED | {"pieces": "word[:-1]"}),
-                "also the last one of a word",
+                "KeyError: '##b'",
             ),
             "## taken away before counting": (
                 PAIR_SCORES.format(
@@ -711,6 +711,53 @@ def encode(text, merges, special_tokens):
                     }
                 ),
                 "the formula has plain counts",
+            ),
+            "bare wherever the first letter stands": (
+                PAIR_SCORES.format(**SCORED | {"letters": "tuple(c if c == word[0] else '##' + c for c in word)"}),
+                "for only the first place is bare, not every 'l'",
+            ),
+            "bare wherever the first place of a letter is 0": (
+                PAIR_SCORES.format(
+                    **SCORED | {"letters": "tuple(c if word.index(c) == 0 else '##' + c for c in word)"}
+                ),
+                "for only the first place is bare, not every 'l'",
+            ),
+            "scores made while counting": (
+                PAIR_SCORES.format(**SCORED)
+                .replace("    pieces, pairs = {}, {}", "    pieces, pairs, scores = {}, {}, {}")
+                .replace(
+                    "pairs[pair] = pairs.get(pair, 0) + count",
+                    "pairs[pair] = pairs.get(pair, 0) + count\n"
+                    "            scores[pair] = pairs[pair] / (pieces[pair[0]] * pieces[pair[1]])",
+                )
+                .replace(
+                    "return {(a, b): n / (pieces[a] * pieces[b]) for (a, b), n in pairs.items()}", "return scores"
+                ),
+                "you say 0.1429, that is its score after the first word",
+            ),
+            "brackets missing": (
+                PAIR_SCORES.format(**SCORED | {"score": "n / pieces[a] * pieces[b]"}),
+                "put the product into brackets",
+            ),
+            "brackets missing, right count first": (
+                PAIR_SCORES.format(**SCORED | {"score": "n / pieces[b] * pieces[a]"}),
+                "put the product into brackets",
+            ),
+            "whole-number division": (
+                PAIR_SCORES.format(**SCORED | {"score": "n // (pieces[a] * pieces[b])"}),
+                "all your scores are 0: //",
+            ),
+            "a logarithm": (
+                "import math\n" + PAIR_SCORES.format(**SCORED | {"score": "math.log(n / (pieces[a] * pieces[b]))"}),
+                "you say -2.698, that is the logarithm of the score",
+            ),
+            "rounded": (
+                PAIR_SCORES.format(**SCORED | {"score": "round(n / (pieces[a] * pieces[b]), 4)"}),
+                "= 0.0673076923, you say 0.0673: don't round a score",
+            ),
+            "smoothed": (
+                PAIR_SCORES.format(**SCORED | {"score": "n / (pieces[a] * pieces[b]) + 1e-6"}),
+                "you say 0.0673086923: don't round a score, and don't add anything",
             ),
             "divided twice": (
                 PAIR_SCORES.format(**SCORED | {"score": "n / pieces[a] / pieces[b]"}),
@@ -787,7 +834,41 @@ def encode_wordpiece(word, vocabulary):
         start = end
     return pieces
 """,
-                "fails with ValueError: where no piece fits, return ['[UNK]']",
+                "'lows' fails with ValueError (max() ",
+            ),
+            "a list index where nothing fits": (
+                """
+def encode_wordpiece(word, vocabulary):
+    pieces, start = [], 0
+    while start < len(word):
+        mark = "##" if start else ""
+        end = [end for end in range(start + 1, len(word) + 1) if mark + word[start:end] in vocabulary][-1]
+        pieces.append(mark + word[start:end])
+        start = end
+    return pieces
+""",
+                "where no piece fits, return ['[UNK]']",
+            ),
+            "recursion without end": (
+                """
+def encode_wordpiece(word, vocabulary):
+    if word in vocabulary:
+        return [word]
+    return encode_wordpiece(word[:-1], vocabulary) + encode_wordpiece(word, vocabulary)
+""",
+                "RecursionError: maximum recursion depth exceeded",
+            ),
+            "a slip that raises": (
+                LONGEST_MATCH.format(**MATCHED | {"piece": "mark + word[start, end]"}),
+                "TypeError: string indices must be integers",
+            ),
+            "the step counts the ## too": (
+                LONGEST_MATCH.format(**MATCHED).replace("start = end", "start += len(pieces[-1])"),
+                "or does your step count the ## too?",
+            ),
+            "stops before the last letter": (
+                LONGEST_MATCH.format(**MATCHED).replace("while start < len(word):", "while start < len(word) - 1:"),
+                "does your loop reach the last letter",
             ),
             "goes back": (
                 """
@@ -888,7 +969,83 @@ def viterbi(text, log_probs):
             ),
             "unknown characters as a last resort": (
                 VITERBI.format(**CUT | {"before": "unknown = -1e9"}),
-                "your price for the unknown '?' is too high",
+                "your price for an unknown character is too high",
+            ),
+            **{
+                f"unknown characters cost {price}": (
+                    VITERBI.format(**CUT | {"before": f"unknown = min(log_probs.values()) - {price}"}),
+                    f"your price for an unknown character is too {too}",
+                )
+                for too, prices in {"low": (0, 5, 9, 9.5), "high": (10.5, 11, 20)}.items()
+                for price in prices
+            },
+            "unknown characters cost 14": (
+                VITERBI.format(**CUT | {"before": "unknown = -14"}),
+                "your price for an unknown character is too low",
+            ),
+            "the lowest piece instead of the lowest log probability": (
+                VITERBI.format(**CUT | {"before": "unknown = min(log_probs) - 10"}),
+                "TypeError: unsupported operand",
+            ),
+            "tie to the fewest pieces": (
+                """
+def viterbi(text, log_probs):
+    unknown = min(log_probs.values()) - 10
+    best = [(0.0, 0, [], [])]
+    for end in range(1, len(text) + 1):
+        ways = []
+        for start in range(end):
+            piece = text[start:end]
+            if piece in log_probs or len(piece) == 1:
+                score, n, lengths, pieces = best[start]
+                score += log_probs.get(piece, unknown)
+                ways.append((score, n - 1, [len(piece), *lengths], pieces + [piece]))
+        best.append(max(ways))
+    return best[-1][-1]
+""",
+                "and not the one with the fewest pieces",
+            ),
+            "multiplied": (
+                VITERBI.format(
+                    **CUT | {"zero": "1.0", "known": "best[start] * log_probs[piece]", "alone": "best[start] * unknown"}
+                ),
+                "log probabilities are added, not multiplied",
+            ),
+            "multiplied, from 0": (
+                VITERBI.format(**CUT | {"known": "best[start] * log_probs[piece]", "alone": "best[start] * unknown"}),
+                "log probabilities are added, not multiplied",
+            ),
+            "best begins with 0": (
+                VITERBI.format(**CUT | {"worst": "0.0"}),
+                "you return 'low', which is no piece: do your best scores begin with 0?",
+            ),
+            "best begins with -100": (
+                VITERBI.format(**CUT | {"worst": "-100.0"}),
+                "a number that is not low enough? Use -inf",
+            ),
+            "best begins with -1000": (
+                VITERBI.format(**CUT | {"worst": "-1000.0"}),
+                "a number that is not low enough? Use -inf",
+            ),
+            "every cut tried, by the pieces": (
+                """
+def viterbi(text, log_probs):
+    unknown = min(log_probs.values()) - 10
+    def best(rest):
+        if not rest:
+            return 0.0, []
+        ways = []
+        if rest[0] not in log_probs:
+            score, pieces = best(rest[1:])
+            ways.append((score + unknown, [rest[0], *pieces]))
+        for piece, p in log_probs.items():
+            if rest.startswith(piece):
+                score, pieces = best(rest[len(piece):])
+                ways.append((score + p, [piece, *pieces]))
+        return max(ways, key=lambda way: (way[0], [len(p) for p in reversed(way[1])]))
+    return best(text)[1]
+""",
+                "you try the cuts one by one",
             ),
             "tie to the shorter last piece": (
                 VITERBI.format(**CUT | {"better": "score >= best[end]"}),
@@ -959,7 +1116,7 @@ def viterbi(text, log_probs):
                         "alone": "math.log(math.exp(best[start]) * math.exp(unknown))",
                     }
                 ).replace("score > best[end]", "score > best[end] + 1e-9"),
-                "a text of 300 characters (is it log probabilities that you add?)",
+                "ValueError: ",
             ),
             "pieces of at most three characters": (
                 VITERBI.format(**CUT | {"starts": "range(max(0, end - 3), end)"}),
@@ -994,6 +1151,85 @@ def viterbi(text, log_probs):
             "beta not used": (
                 EXPECTED_COUNTS.format(**EXPECTED | {"share": "alpha[start] * probabilities[piece] / alpha[n]"}),
                 "is beta left out?",
+            ),
+            "the most probable way in the tables": (
+                EXPECTED_COUNTS.format(**EXPECTED).replace("= sum(", "= max("),
+                "do you take the best way (max) where all ways are added up?",
+            ),
+            "beta from the left, divided by beta[0]": (
+                EXPECTED_COUNTS.format(
+                    **EXPECTED | {"share": "alpha[start] * probabilities[piece] * beta[end] / beta[0]"}
+                ).replace("reversed(range(n))", "range(n)"),
+                "Or fill beta from the left",
+            ),
+            "beta from the left": (
+                EXPECTED_COUNTS.format(**EXPECTED).replace("reversed(range(n))", "range(n)"),
+                "do you fill beta from the left?",
+            ),
+            "the piece's own probability left out": (
+                EXPECTED_COUNTS.format(**EXPECTED | {"share": "alpha[start] * beta[end] / alpha[n]"}),
+                "is the probability of the piece itself left out",
+            ),
+            "beta[n] is 0": (
+                EXPECTED_COUNTS.format(**EXPECTED).replace("[0.0] * n + [1.0]", "[0.0] * (n + 1)"),
+                "do alpha[0] and beta[n] begin with 1?",
+            ),
+            "alpha behind the piece": (
+                EXPECTED_COUNTS.format(
+                    **EXPECTED | {"share": "alpha[end] * probabilities[piece] * beta[end] / alpha[n]"}
+                ),
+                "is alpha taken behind the piece?",
+            ),
+            "beta before the piece": (
+                EXPECTED_COUNTS.format(
+                    **EXPECTED | {"share": "alpha[start] * probabilities[piece] * beta[start] / alpha[n]"}
+                ),
+                "is beta taken before the piece?",
+            ),
+            "an index too far": (
+                EXPECTED_COUNTS.format(
+                    **EXPECTED | {"share": "alpha[start] * probabilities[piece] * beta[end + 1] / alpha[n]"}
+                ),
+                "IndexError: list index out of range",
+            ),
+            "counts rounded": (
+                EXPECTED_COUNTS.format(
+                    **EXPECTED | {"share": "round(alpha[start] * probabilities[piece] * beta[end] / alpha[n], 3)"}
+                ),
+                "yours are [0.111, 0.111, 0.889]: don't round them",
+            ),
+            "counts smoothed": (
+                EXPECTED_COUNTS.format(**EXPECTED | {"expected": "dict.fromkeys(probabilities, 1e-6)"}),
+                "yours are [0.1111121, 0.1111121, 0.8888899]: don't round them, don't add anything to them",
+            ),
+            "probabilities smoothed": (
+                EXPECTED_COUNTS.format(
+                    **EXPECTED | {"new": "{p: c / sum(expected.values()) + 1e-6 for p, c in expected.items()}"}
+                ),
+                "yours are [0.100001, 0.100001, 0.800001]: don't round them, don't add anything to them",
+            ),
+            "every way listed, by the pieces": (
+                EVERY_WAY.format(every="ways(word, probabilities)", share="p / sum(p for _, p in every)")
+                .replace("for end in range(1, len(word) + 1)", "for piece, own in probabilities.items()")
+                .replace("if word[:end] in probabilities", "if word.startswith(piece)")
+                .replace("in ways(word[end:]", "in ways(word[len(piece):]")
+                .replace("([word[:end], *pieces], probabilities[word[:end]] * p)", "([piece, *pieces], own * p)"),
+                "you list the ways to cut one by one",
+            ),
+            "unused pieces put back by em_step": (
+                EXPECTED_COUNTS.format(
+                    **EXPECTED
+                    | {
+                        "expected": "{}",
+                        "add": "= expected.get(piece, 0.0) +",
+                        "new": "{p: expected.get(p, 0.0) / sum(expected.values()) for p in probabilities}",
+                    }
+                ),
+                "expected_counts has no entry for the piece 'c'",
+            ),
+            "strings that are no pieces": (
+                EXPECTED_COUNTS.format(**EXPECTED).replace("return expected\n", "return expected | {'x': 0.0}\n", 1),
+                "expected_counts returns only pieces; ['x'] are not in `probabilities`",
             ),
             "alpha not used": (
                 EXPECTED_COUNTS.format(**EXPECTED | {"share": "probabilities[piece] * beta[end] / alpha[n]"}),
@@ -1168,6 +1404,89 @@ def em_step(words, probabilities):
                 fallback(text="b''.join(out).decode().removeprefix(' ')"),
                 "use errors='replace'",
             ),
+            "a letter inside a longer piece left as it is": (
+                fallback(
+                    spell="pieces.extend([piece] if piece in log_probs or piece in ''.join(log_probs) else "
+                    "[f'<0x{b:02X}>' for b in piece.encode()])"
+                ),
+                "'e' stands inside the piece 'er', but is no piece itself",
+            ),
+            "no prefix before a space": (
+                fallback(marked="('' if text[0] == ' ' else '▁') + text.replace(' ', '▁')"),
+                "one ▁ is missing at the beginning, the prefix or the space itself",
+            ),
+            "the spaces at the beginning taken for the prefix": (
+                fallback(marked="'▁' + text.lstrip().replace(' ', '▁')"),
+                "one ▁ is missing at the beginning, the prefix or the space itself",
+            ),
+            "hex in capitals": (
+                fallback(spell=bytes_as("[f'<{hex(b).upper()}>' for b in piece.encode()]")),
+                "its x is not: <0xC3>, and yours is <0XC3>",
+            ),
+            "changes log_probs": (
+                fallback(
+                    spell="piece in log_probs or log_probs.update({piece: -99.0}); "
+                    + bytes_as("[f'<0x{b:02X}>' for b in piece.encode()]")
+                ),
+                "encode_pieces changes the log_probs",
+            ),
+            "the first character always taken away": (
+                fallback(text="b''.join(out).decode(errors='replace')[1:]"),
+                "here there is none to take away; you return 'r low'",
+            ),
+            "the first space taken away, wherever it is": (
+                fallback(text="b''.join(out).decode(errors='replace').replace(' ', '', 1)"),
+                "here there is none to take away; you return 'erlow'",
+            ),
+            "only the first ▁ of a piece": (
+                fallback(plain="(' ' + piece[1:] if piece[0] == '▁' else piece).encode()"),
+                "every ▁ in a piece is a space",
+            ),
+            "all ▁ of a piece are one space": (
+                fallback(plain="(' ' * (piece[0] == '▁') + piece.lstrip('▁')).encode()"),
+                "every ▁ in a piece is a space",
+            ),
+            "one ▁ a piece replaced": (
+                fallback(plain="piece.replace('▁', ' ', 1).encode()"),
+                "every ▁ in a piece is a space",
+            ),
+            "▁ only at the beginning of a piece": (
+                fallback(
+                    plain="(' ' * (len(piece) - len(piece.lstrip('▁'))) + piece.lstrip('▁')).encode()",
+                ),
+                "the one piece ▁w▁t spells 'w t'",
+            ),
+            "all spaces at the beginning but one": (
+                fallback(text="' ' + b''.join(out).decode(errors='replace').strip()"),
+                "you leave a space before it",
+            ),
+            "one space taken for two": (
+                fallback(text="b''.join(out).decode(errors='replace').removeprefix(' ').removeprefix(' ')"),
+                "spell '  low '; you return ' low '",
+            ),
+            "bytes at the end lost": (
+                """
+def encode_pieces(text, log_probs):
+    if not text:
+        return []
+    pieces = []
+    for piece in viterbi("▁" + text.replace(" ", "▁"), log_probs):
+        pieces.extend([piece] if piece in log_probs else [f"<0x{b:02X}>" for b in piece.encode()])
+    return pieces
+
+def decode_pieces(pieces):
+    out, waiting = "", b""
+    for piece in pieces:
+        if piece.startswith("<0x"):
+            waiting += bytes([int(piece[3:5], 16)])
+        else:
+            out += waiting.decode(errors="replace") + piece.replace("▁", " ")
+            waiting = b""
+    return out.removeprefix(" ")
+""",
+                "are bytes at the end of the list lost",
+            ),
+            "str and bytes mixed": (fallback(plain="piece.replace('▁', ' ')"), "TypeError: sequence item"),
             "bytes joined across a piece": (
                 """
 def encode_pieces(text, log_probs):
@@ -1267,6 +1586,28 @@ def viterbi(text, log_probs):
         pieces.insert(0, text[-best(end)[1]:end])
         end = -best(end)[1]
     return pieces
+""",
+    ),
+    "recursion from the end, remembered": (
+        "2.9",
+        """
+from functools import lru_cache
+
+def viterbi(text, log_probs):
+    unknown = min(log_probs.values()) - 10
+    @lru_cache(maxsize=None)
+    def best(end):
+        if end == 0:
+            return 0.0, ()
+        ways = []
+        for start in reversed(range(end)):
+            piece = text[start:end]
+            if piece in log_probs or len(piece) == 1:
+                score, pieces = best(start)
+                ways.append((score + log_probs.get(piece, unknown), -start, pieces + (piece,)))
+        score, _, pieces = max(ways)
+        return score, pieces
+    return list(best(len(text))[1])
 """,
     ),
     "pushing forward, whole lists of pieces kept": (
