@@ -115,6 +115,8 @@ def serve() -> None:
             status = 1
             try:
                 os.close(reading)
+                # Of a shell's background job it would be ignored.
+                signal.signal(signal.SIGINT, signal.default_int_handler)
                 answer = json.dumps(child(json.loads(line))).encode()
                 os.write(writing, answer)
                 status = 0
