@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 FORMAT = "minillm token shards"
-VERSION = 1
+VERSION = 2  # 1 had another fingerprint of the tokenizer
 INDEX_NAME = "index.json"
 SPLITS = ("train", "validation")
 

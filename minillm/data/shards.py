@@ -45,11 +45,20 @@ class Tokenizer(Protocol):
 
 
 def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
-    """SHA-256 over the texts of all token ids, in order: it differs where an id means another text."""
+    """SHA-256 over all token ids, in order, and what stands for each: it differs where an id means another token.
+
+    A token is known by its spelling in the vocabulary (`id_to_token`, if the tokenizer has that), or else by the text
+    that it decodes to, which several tokens may have in common. An id that no token has counts as empty.
+    """
+    spelling = getattr(tokenizer, "id_to_token", None)
     digest = hashlib.sha256()
     for token in range(tokenizer.vocab_size):
-        text = tokenizer.decode([token]).encode("utf-8", "surrogatepass")
-        digest.update(len(text).to_bytes(4, "little") + text)
+        try:
+            text = spelling(token) if spelling else tokenizer.decode([token])
+        except ValueError:
+            text = None
+        encoded = (text or "").encode("utf-8", "surrogatepass")
+        digest.update(len(encoded).to_bytes(4, "little") + encoded)
     return digest.hexdigest()
 
 
@@ -72,6 +81,7 @@ def write_shards(
         raise ValueError(f"tokenizer.vocab_size must be in 1 .. 2^32, got {vocab_size}")
     if end_of_text is not None and not 0 <= end_of_text < vocab_size:
         raise ValueError(f"end_of_text must be a token id in 0 .. {vocab_size - 1} or None, got {end_of_text}")
+    fingerprint = tokenizer_fingerprint(tokenizer)
     target = Path(os.path.abspath(folder))
     _refuse_to_destroy(target, overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -103,7 +113,7 @@ def write_shards(
             "version": VERSION,
             "dtype": dtype.str,
             "vocab_size": vocab_size,
-            "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
+            "tokenizer_fingerprint": fingerprint,
             "end_of_text": end_of_text,
             "validation_fraction": validation_fraction,
             "seed": seed,

@@ -210,7 +210,7 @@ def test_damage_is_noticed(tmp_path: Path, byte_tokenizer: Any) -> None:
         ("", "index.json is damaged"),
         ("[]", "no index of a token dataset"),
         (changed(format="other"), "no index of a token dataset"),
-        (changed(version=99), "format version 99, this minillm reads 1"),
+        (changed(version=99), "format version 99, this minillm reads 2"),
         (changed(dtype="<f4"), "dtype must be '<u2' or '<u4'"),
         (changed(vocab_size="256"), "vocab_size must be an integer in .*, it is '256'"),
         (changed(end_of_text=256), "end_of_text must be a token id or null, it is 256"),
