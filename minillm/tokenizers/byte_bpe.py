@@ -22,7 +22,7 @@ from minillm.tokenizers.byte_bpe_files import decoder_json, model_json, pre_toke
 from minillm.tokenizers.merges import MAX_VOCAB_SIZE, MergeTable, Pair, learn_merges
 from minillm.tokenizers.normalization import Normalizer
 from minillm.tokenizers.padding import Padding
-from minillm.tokenizers.pieces import check_text, count_pieces
+from minillm.tokenizers.pieces import check_names, check_text, count_pieces
 from minillm.tokenizers.split_patterns import split_pattern
 from minillm.tokenizers.template import Template
 from minillm.tokenizers.tokenizer import Tokenizer
@@ -61,6 +61,9 @@ class ByteBPETokenizer(Tokenizer):
         padding: Padding | None = None,
     ) -> None:
         self._split = split_pattern(pattern)
+        for token in vocabulary:
+            if not isinstance(token, bytes):
+                raise TypeError(f"a token must be bytes, got {token!r}")
         super().__init__(
             {spell(token): i for token, i in vocabulary.items()},
             normalizer=normalizer,
@@ -117,6 +120,7 @@ class ByteBPETokenizer(Tokenizer):
                 surrogate, a special token is empty, twice there or spelled like a byte.
         """
         split = split_pattern(pattern)
+        check_names(special_tokens)
         special = {text: i for i, text in enumerate(special_tokens)}
         if len(special) < len(special_tokens):
             raise ValueError(f"special_tokens must differ from each other, got {list(special_tokens)!r}")
@@ -189,7 +193,7 @@ class ByteBPETokenizer(Tokenizer):
         return b"".join(map(self._bytes.__getitem__, ids)).decode("utf-8", errors="replace")
 
     def _model_json(self) -> dict[str, Any]:
-        return model_json(self._vocabulary | self.special_tokens, self.merges, self._ignore_merges)
+        return model_json(self._vocabulary, self.merges, self._ignore_merges)
 
     def _decoder_json(self) -> dict[str, Any]:
         return decoder_json()

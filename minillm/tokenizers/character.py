@@ -13,7 +13,7 @@ from typing import Any, Self
 from minillm.tokenizers.added_tokens import AddedToken
 from minillm.tokenizers.normalization import Normalizer
 from minillm.tokenizers.padding import Padding
-from minillm.tokenizers.pieces import count_pieces
+from minillm.tokenizers.pieces import check_names, count_pieces
 from minillm.tokenizers.split import Split
 from minillm.tokenizers.template import Template
 from minillm.tokenizers.text_pattern import Regex
@@ -85,11 +85,12 @@ class CharacterTokenizer(WordLevelTokenizer):
             normalizer: Changes the text first.
 
         Raises:
-            TypeError: `texts` is one string, or holds something else than strings.
+            TypeError: `texts` is one string, or holds something else than strings; a number is no integer.
             ValueError: The texts are empty; `vocab_size` leaves no room for a character; `min_frequency` is below 1; a
                 text has a lone surrogate; special tokens repeat.
         """
         counts = count_pieces(texts, normalizer, Split(ANY_CHARACTER, "isolated"))
+        check_names(special_tokens)
         vocabulary, special = most_frequent(counts, vocab_size, unknown_token, special_tokens, min_frequency)
         return cls(vocabulary, unknown_token=unknown_token, normalizer=normalizer, special_tokens=special)
 

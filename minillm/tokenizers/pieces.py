@@ -45,6 +45,7 @@ def count_pieces(
     """
     if isinstance(texts, str):
         raise TypeError("texts must be an iterable of documents, got one str; for a single document pass [text]")
+    check_steps(normalizer, pre_tokenizer)
     pieces: Counter[str] = Counter()
     for text in texts:
         check_text(text)
@@ -55,12 +56,27 @@ def count_pieces(
     return pieces
 
 
-def check_text(text: object) -> None:
+def check_text(text: object, name: str = "text") -> None:
     """TypeError unless `text` is a str; ValueError if it has a lone surrogate, which has no UTF-8 form."""
     if not isinstance(text, str):
-        raise TypeError(f"text must be a str, got {type(text).__name__}")
+        raise TypeError(f"{name} must be a str, got {type(text).__name__}")
     try:
         text.encode()
     except UnicodeEncodeError as error:
         at = error.start
-        raise ValueError(f"text must not contain lone surrogates, got {text[at]!r} at index {at}") from None
+        raise ValueError(f"{name} must not contain lone surrogates, got {text[at]!r} at index {at}") from None
+
+
+def check_names(special_tokens: Iterable[str]) -> None:
+    """TypeError if the special tokens to be are one str: its characters would become tokens."""
+    if isinstance(special_tokens, str):
+        raise TypeError(f"special_tokens must be a sequence of texts, got one str; pass [{special_tokens!r}]")
+
+
+def check_steps(normalizer: object, pre_tokenizer: object) -> None:
+    """TypeError for a normalizer or pre-tokenizer that is none, such as the name of one."""
+    if normalizer is not None and not callable(normalizer):
+        raise TypeError(f"normalizer must be None or a Normalizer such as NFC(), got {normalizer!r}")
+    # A str, too, has a method `split`.
+    if pre_tokenizer is not None and not hasattr(pre_tokenizer, "align"):
+        raise TypeError(f"pre_tokenizer must be None or a PreTokenizer such as Whitespace(), got {pre_tokenizer!r}")

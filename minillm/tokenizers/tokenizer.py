@@ -22,7 +22,7 @@ from minillm.tokenizers.aligned_text import AlignedText
 from minillm.tokenizers.encoding import Encoding
 from minillm.tokenizers.normalization import Normalizer, normalizer_from_json
 from minillm.tokenizers.padding import Padding, padding_from_json
-from minillm.tokenizers.pieces import PieceCache, check_text
+from minillm.tokenizers.pieces import PieceCache, check_steps, check_text
 from minillm.tokenizers.pre_tokenization import PreTokenizer, pre_tokenizer_from_json, treats_start_apart
 from minillm.tokenizers.prepare import prepare
 from minillm.tokenizers.template import Template, template_from_json
@@ -57,18 +57,22 @@ class Tokenizer(ABC):
         truncation: Truncation | None = None,
         padding: Padding | None = None,
     ) -> None:
-        if isinstance(special_tokens, Mapping):
-            special_tokens = [AddedToken(text, i) for text, i in special_tokens.items()]
+        check_steps(normalizer, pre_tokenizer)
         self.normalizer = normalizer
         self.pre_tokenizer = pre_tokenizer
         self.template = template
         self.truncation = truncation
         self.padding = padding
-        self._added = AddedTokens(special_tokens)
-        self._vocabulary = dict(vocabulary)
+        self._added = AddedTokens(_added_tokens(special_tokens))
+        self._vocabulary: dict[str, int] = {}
+        for token, i in vocabulary.items():
+            check_text(token, "a token")
+            if isinstance(i, bool):
+                raise TypeError(f"the id of token {token!r} must be an integer, got {i}")
+            self._vocabulary[token] = index(i)
         self._tokens: dict[int, str] = {}
         for token, i in [*self._vocabulary.items(), *((added.text, added.id) for added in self._added)]:
-            if not 0 <= index(i) < MAX_VOCAB_SIZE:
+            if not 0 <= i < MAX_VOCAB_SIZE:
                 raise ValueError(f"token {token!r} has id {i}, which is not in 0 .. {MAX_VOCAB_SIZE - 1}")
             if self._tokens.setdefault(i, token) != token:
                 raise ValueError(f"token {token!r} has id {i}, which belongs to {self._tokens[i]!r}")
@@ -233,7 +237,7 @@ class Tokenizer(ABC):
             skip_special_tokens: Leave special tokens out.
         """
         hidden = set(self.special_tokens.values()) if skip_special_tokens else ()
-        shown = [index(i) for i in ids if i not in hidden]
+        shown = [i for i in map(index, ids) if i not in hidden]  # a tensor's elements are equal to no integer in a set
         for i in shown:
             self.id_to_token(i)
         return self._join(shown)
@@ -251,9 +255,27 @@ class Tokenizer(ABC):
             "pre_tokenizer": self._pre_tokenizer_json(),
             "post_processor": self.template.to_json() if self.template else None,
             "decoder": self._decoder_json(),
-            "model": self._model_json(),
+            "model": self._with_all_ids(self._model_json()),
         }
         json_file.write_object(content, Path(path))
+
+    def _with_all_ids(self, model: dict[str, Any]) -> dict[str, Any]:
+        """The model of a file in which `tokenizers` finds the ids that the added tokens have here.
+
+        It goes by its own: an added token that is not in the model's vocabulary gets the next id that is free. Where
+        that is another one, the token is written into the vocabulary.
+        """
+        vocabulary = model["vocab"]
+        known = set(vocabulary if isinstance(vocabulary, dict) else (piece for piece, _ in vocabulary))
+        others = {added.text: added.id for added in self._added if added.text not in known}
+        n = len(vocabulary)
+        ids = sorted(vocabulary.values()) if isinstance(vocabulary, dict) else range(n)
+        if sorted(others.values()) == [*range(n, n + len(others))] and (not n or ids[-1] < n):
+            return model
+        if not isinstance(vocabulary, dict):
+            raise ValueError(f"special tokens that are no pieces must have the ids from {n} on, got {others}")
+        by_id = sorted((vocabulary | others).items(), key=lambda item: item[1])
+        return model | {"vocab": dict(by_id)}
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -303,3 +325,12 @@ class Tokenizer(ABC):
         """The ids of a piece, how each is spelled, and which characters of the piece it stands for."""
         ids = self._cache[piece]
         return ids, [self._tokens[i] for i in ids], self._piece_spans(piece)
+
+
+def _added_tokens(special_tokens: Mapping[str, int] | Iterable[AddedToken]) -> list[AddedToken]:
+    if isinstance(special_tokens, Mapping):
+        return [AddedToken(text, index(i)) for text, i in special_tokens.items()]
+    tokens = [] if isinstance(special_tokens, str) else list(special_tokens)
+    if isinstance(special_tokens, str) or not all(isinstance(token, AddedToken) for token in tokens):
+        raise TypeError(f"special_tokens must be a mapping of texts to ids, or AddedTokens, got {special_tokens!r}")
+    return tokens

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import Self
 
 from minillm.tokenizers.normalization import Normalizer
-from minillm.tokenizers.pieces import count_pieces
+from minillm.tokenizers.pieces import check_names, count_pieces
 from minillm.tokenizers.pre_tokenization import PreTokenizer, Whitespace
 from minillm.tokenizers.word_level import WordLevelTokenizer, most_frequent
 
@@ -49,12 +49,13 @@ class WordTokenizer(WordLevelTokenizer):
             pre_tokenizer: Cuts it into words; `Whitespace` if left out.
 
         Raises:
-            TypeError: `texts` is one string, or holds something else than strings.
+            TypeError: `texts` is one string, or holds something else than strings; a number is no integer.
             ValueError: There are no words; `vocab_size` leaves no room for one; `min_frequency` is below 1; a text
                 has a lone surrogate; special tokens repeat.
         """
         pre_tokenizer = pre_tokenizer or Whitespace()
         counts = count_pieces(texts, normalizer, pre_tokenizer)
+        check_names(special_tokens)
         vocabulary, special = most_frequent(counts, vocab_size, unknown_token, special_tokens, min_frequency)
         return cls(
             vocabulary,

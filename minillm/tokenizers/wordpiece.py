@@ -25,7 +25,7 @@ from minillm.tokenizers.json_file import kind
 from minillm.tokenizers.json_options import read_options
 from minillm.tokenizers.normalization import BertNormalizer, Normalizer
 from minillm.tokenizers.padding import Padding
-from minillm.tokenizers.pieces import count_pieces
+from minillm.tokenizers.pieces import check_names, count_pieces
 from minillm.tokenizers.pre_tokenization import BertPreTokenizer, PreTokenizer
 from minillm.tokenizers.template import Template, bert_template
 from minillm.tokenizers.tokenizer import Tokenizer
@@ -149,6 +149,7 @@ class WordPieceTokenizer(Tokenizer):
             ValueError: The texts have no words; `vocab_size` is too small for special tokens and characters; another
                 argument is out of range; a text has a lone surrogate; special tokens repeat or lack the unknown token.
         """
+        check_names(special_tokens)
         if unknown_token not in special_tokens:
             raise ValueError(f"special_tokens must hold the unknown token {unknown_token!r}, got {[*special_tokens]}")
         if normalizer is not None and not lowercase:

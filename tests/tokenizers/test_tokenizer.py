@@ -6,10 +6,12 @@ from pydoc_data.topics import topics
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Peer
 
+from minillm.data import TokenDataset, tokenizer_fingerprint
 from minillm.tokenizers import (
     AddedToken,
     ByteBPETokenizer,
@@ -269,3 +271,90 @@ def test_aligned_texts_must_fit_together() -> None:
         AlignedText("ab", [0], [1, 2])
     with pytest.raises(ValueError, match="span must hold characters of a text of 2, got 1:1"):
         AlignedText.of("ab").span(1, 1)
+
+
+@kinds
+def test_shards_are_opened_with_the_tokenizer_that_was_read_back(kind: str, loaded: Loaded, tmp_path: Path) -> None:
+    tokenizer, file = loaded[kind]
+    TokenDataset.write(tmp_path / "data", DOCUMENTS, tokenizer, validation_fraction=0)
+    again = load_tokenizer(file)
+    data = TokenDataset(tmp_path / "data", context_length=8, batch_size=2, tokenizer=again)
+    assert data.n_tokens == sum(map(len, tokenizer.encode_batch(DOCUMENTS)))
+
+
+def test_fingerprints_tell_tokens_apart_that_decode_alike(trained: dict[str, Tokenizer], loaded: Loaded) -> None:
+    one = UnigramTokenizer([("<unk>", 0.0), ("▁a", -1.0), ("a", -2.0), ("▁", -3.0)])
+    other = UnigramTokenizer([("<unk>", 0.0), ("a", -2.0), ("▁a", -1.0), ("▁", -3.0)])
+    assert tokenizer_fingerprint(one) != tokenizer_fingerprint(other)
+    with_a_gap = WordPieceTokenizer({"[UNK]": 0, "a": 1}, special_tokens={"[END]": 9})
+    assert tokenizer_fingerprint(with_a_gap) != tokenizer_fingerprint(WordPieceTokenizer({"[UNK]": 0, "a": 1}))
+    for kind, (after, _) in loaded.items():
+        assert tokenizer_fingerprint(trained[kind]) == tokenizer_fingerprint(after), kind
+
+
+@kinds
+def test_ids_of_added_tokens_are_the_same_in_both_libraries(kind: str, loaded: Loaded, tmp_path: Path) -> None:
+    """Behind the vocabulary in any order and with gaps, special or not, a mixture as in ModernBERT's file."""
+    _, file = loaded[kind]
+    content = json.loads(file.read_text())
+    n = loaded[kind][0].vocab_size
+    for ids in ((n, n + 1, n + 2), (n + 1, n + 2, n), (n + 10, n + 3, n + 300)):
+        for text, i, special in zip(("<one>", "<two>", "<three>"), ids, (False, True, False), strict=True):
+            flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": special}
+            content["added_tokens"] = [entry for entry in content["added_tokens"] if entry["content"] != text]
+            content["added_tokens"].append({"id": i, "content": text} | flags)
+        (tmp_path / "changed.json").write_text(json.dumps(content))
+        (tmp_path / "saved.json").unlink(missing_ok=True)
+        changed = load_tokenizer(tmp_path / "changed.json")
+        ids_here = [changed.token_to_id(text) for text in ("<one>", "<two>", "<three>")]
+        assert ids_here == list(ids)
+        text = "<one> a <three><two>"
+        found = [i for i in changed.encode(text) if i in ids]
+        assert found == [ids[0], ids[2], ids[1]]
+        if "unigram" in kind and max(ids) > n + 2:  # a Unigram's vocabulary is a list: no id can be left out
+            with pytest.raises(ValueError, match=r"special tokens that are no pieces must have the ids from"):
+                changed.save(tmp_path / "saved.json")
+            assert not (tmp_path / "saved.json").exists()
+        else:
+            changed.save(tmp_path / "saved.json")
+            peer = Peer.from_file(str(tmp_path / "saved.json"))
+            assert peer.encode(text, add_special_tokens=False).ids == changed.encode(text)
+
+
+@kinds
+def test_ids_in_a_tensor_are_ids(kind: str, loaded: Loaded) -> None:
+    tokenizer, _ = loaded[kind]
+    special = list(tokenizer.special_tokens.values())[:1]
+    ids = [*special, *tokenizer.encode("the seas")]
+    for array in (np.array(ids), torch.tensor(ids)):
+        assert tokenizer.decode(array, skip_special_tokens=True) == tokenizer.decode(ids, skip_special_tokens=True)
+    with pytest.raises(TypeError):
+        tokenizer.decode(np.array([[1.5]]))
+
+
+def test_what_is_not_of_the_right_type_is_refused() -> None:
+    vocabulary = {"[UNK]": 0, "a": 1}
+    for arguments, message in (
+        ({"pre_tokenizer": "x"}, r"pre_tokenizer must be None or a PreTokenizer such as Whitespace\(\), got 'x'"),
+        ({"normalizer": "NFC"}, r"normalizer must be None or a Normalizer such as NFC\(\), got 'NFC'"),
+        ({"special_tokens": ["<s>"]}, "special_tokens must be a mapping of texts to ids, or AddedTokens"),
+        ({"special_tokens": "<s>"}, "special_tokens must be a mapping of texts to ids, or AddedTokens"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            WordTokenizer(vocabulary, **arguments)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="pre_tokenizer must be None or a PreTokenizer"):
+        WordTokenizer.train(DOCUMENTS, 100, pre_tokenizer="x")  # type: ignore[arg-type]
+    for bad in ({"[UNK]": 0, 5: 1}, {"[UNK]": 0, "a": True}, {"[UNK]": 0, "a": 1.0}):
+        with pytest.raises(TypeError):
+            WordTokenizer(bad)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="a token must not contain lone surrogates"):
+        WordTokenizer({"[UNK]": 0, "\ud800": 1})
+    with pytest.raises(TypeError, match="a token must be bytes, got 'a'"):
+        ByteBPETokenizer({"a": 0}, [])  # type: ignore[dict-item]
+    assert WordTokenizer({"[UNK]": np.int64(0)}).token_to_id("[UNK]") == 0
+
+
+@kinds
+def test_special_tokens_to_train_with_are_several(kind: str) -> None:
+    with pytest.raises(TypeError, match="special_tokens must be a sequence of texts, got one str"):
+        train_tokenizer(kind, DOCUMENTS, 600, special_tokens="abc")
