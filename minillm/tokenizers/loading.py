@@ -41,7 +41,7 @@ def train_tokenizer(kind: str, texts: Iterable[str], vocab_size: int, **options:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Read a Hugging Face tokenizer.json of any kind: the class that its model calls for.
+    """Read a Hugging Face tokenizer.json of any kind: the class that its model calls for. Or SentencePiece's `.model`.
 
     A BPE model is byte-level if its pre-tokenizer is, and SentencePiece's otherwise. Whole words or characters are told
     apart by the decoder: it puts spaces between words, and nothing between characters.
@@ -49,6 +49,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     Raises:
         ValueError: No such kind, or the class says what in the file it cannot do.
     """
+    if Path(path).suffix == ".model":
+        return SentencePieceTokenizer.from_model_file(path)
     content = read_object(Path(path))
     return _class_of(content, path)._from_content(content, path)
 

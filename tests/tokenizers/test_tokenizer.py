@@ -251,6 +251,17 @@ def test_a_file_of_no_known_kind_is_refused(tmp_path: Path) -> None:
         assert str(path) in str(caught.value)
 
 
+@pytest.mark.parametrize("kind", ["sentencepiece-bpe", "sentencepiece-unigram"])
+def test_a_model_file_is_read_too(kind: str, trained: dict[str, Tokenizer], tmp_path: Path) -> None:
+    tokenizer = trained[kind]
+    assert isinstance(tokenizer, SentencePieceTokenizer)
+    tokenizer.save_model_file(tmp_path / "its.model")
+    assert load_tokenizer(tmp_path / "its.model").encode_batch(DOCUMENTS) == tokenizer.encode_batch(DOCUMENTS)
+    (tmp_path / "its.model").write_bytes(b"{}")
+    with pytest.raises(ValueError, match=r"its\.model"):
+        load_tokenizer(tmp_path / "its.model")
+
+
 def test_counting_reads_texts_one_by_one() -> None:
     class Text(str):
         alive = 0
