@@ -13,9 +13,9 @@ One thread, CPU time, the contestants taken in turn, several rounds.
                pieces one by one from a file
 
 In a round of encoding all have the vocabulary that minillm has learned, and their ids must be equal. The exception is
-how `tokenizers` reads SentencePiece models (it takes "<s>" in a text for the piece, and breaks ties in double precision):
-there the share of documents with equal ids is told. Of trainers, the share of the vocabulary that a peer has learned too is told, and how many tokens
-each makes of the documents.
+how `tokenizers` reads SentencePiece models (it takes "<s>" in a text for the piece, and breaks ties in double
+precision): there the share of documents with equal ids is told. Of trainers, the share of the vocabulary that a peer
+has learned too is told, and how many tokens each makes of the documents.
 """
 
 from __future__ import annotations
