@@ -14,7 +14,7 @@ from tokenizers.models import BPE, Unigram, WordPiece
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
-from minillm.exercises.folder import find_folder
+from minillm.exercises.folder import find_exercise, find_folder
 from minillm.exercises.testing import ExerciseTests, judge
 
 COUNT_PAIRS = """
@@ -1017,7 +1017,13 @@ def viterbi(text, log_probs):
             ),
             "best begins with 0": (
                 VITERBI.format(**CUT | {"worst": "0.0"}),
-                "you return 'low', which is no piece: do your best scores begin with 0?",
+                "you return 'low', which is no piece: do your best scores begin with 0",
+            ),
+            "what is no piece costs nothing": (
+                VITERBI.format(**CUT)
+                .replace("if piece in log_probs:", "if True:")
+                .replace("log_probs[piece]", "log_probs.get(piece, 0.0)"),
+                "or does a string that is no piece count as 0?",
             ),
             "best begins with -100": (
                 VITERBI.format(**CUT | {"worst": "-100.0"}),
@@ -1697,6 +1703,19 @@ def decode_pieces(pieces):
 def test_right_answers_of_other_kinds_pass(what):
     part, answer = RIGHT[what]
     assert judge("02", part, answer) is None
+
+
+def test_headings_and_intro_give_the_titles_and_minutes_that_the_machine_shows():
+    exercise = find_exercise("02")
+    text = "\n".join(cell.source for cell in exercise.notebook.cells if cell.cell_type == "markdown")
+    headings = regex.findall(r"(?m)^## (2\.\d+) (.*) \((\d+) minutes\)$", text)
+    assert headings == [(part.number, part.title, str(part.minutes)) for part in exercise.parts]
+    families = regex.findall(r"(?m)\| (\d+)(?:: ([\d +]+))? \|$", text)
+    added = [sum(map(int, (terms or total).split("+"))) for total, terms in families]
+    assert added == [int(total) for total, _ in families]
+    hours, minutes = divmod(sum(added), 60)
+    assert sum(added) == sum(part.minutes for part in exercise.parts)
+    assert f"about {hours} hours and {minutes} minutes" in text
 
 
 @pytest.fixture(scope="module")
