@@ -72,10 +72,13 @@ def read_parts(content: Mapping[str, Any], special_tokens: Mapping[str, int]) ->
             raise ValueError(f"model.{name} must be null, false or empty, got {model[name]!r}")
     if content.get("decoder") is not None and kind(content["decoder"]) != "ByteLevel":
         raise ValueError(f"decoder must be null or ByteLevel, got {kind(content['decoder'])}")
+    ignore_merges = model.get("ignore_merges")
+    if not isinstance(ignore_merges, bool | None):
+        raise ValueError(f"model.ignore_merges must be true, false or null, got {ignore_merges!r}")
     pattern = _pattern_name(content.get("pre_tokenizer"))
     merges = [_merge(entry) for entry in model["merges"]]
     vocabulary = _vocabulary(model["vocab"], special_tokens)
-    return Parts(vocabulary, merges, pattern, bool(model.get("ignore_merges")))
+    return Parts(vocabulary, merges, pattern, bool(ignore_merges))
 
 
 def read_gpt2_files(vocab: Path, merges: Path, special_tokens: Collection[str]) -> tuple[Parts, dict[str, int]]:

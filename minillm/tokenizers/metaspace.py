@@ -7,10 +7,12 @@ Source: Kudo and Richardson, "SentencePiece" (2018), section 3.1; as Hugging Fac
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, get_args
 
 from minillm.tokenizers.aligned_text import AlignedText
+from minillm.tokenizers.arguments import checked_flag
+from minillm.tokenizers.json_options import read_options
 from minillm.tokenizers.piece_pattern import BLOCK_LENGTH
 
 PrependScheme = Literal["always", "first", "never"]
@@ -26,6 +28,7 @@ class Metaspace:
         split: False does not cut: the whole text is one piece.
 
     Raises:
+        TypeError: `split` is no bool.
         ValueError: `replacement` is not one character other than a space, or `prepend_scheme` is unknown.
     """
 
@@ -37,7 +40,7 @@ class Metaspace:
             raise ValueError(f"prepend_scheme must be one of {known}, got {prepend_scheme!r}")
         self.replacement = replacement
         self.prepend_scheme = prepend_scheme
-        self.splits = split
+        self.splits = checked_flag("split", split)
 
     def split(self, text: str, block_length: int = BLOCK_LENGTH, *, at_start: bool = True) -> Iterator[list[str]]:
         """Yield the pieces of `text` in order, those of a block at a time.
@@ -97,3 +100,21 @@ class Metaspace:
             "prepend_scheme": self.prepend_scheme,
             "split": self.splits,
         }
+
+
+def metaspace_from_json(part: Mapping[str, Any]) -> Metaspace:
+    """A pre-tokenizer or a decoder of a tokenizer.json, whose options are the same; ValueError for others than these.
+
+    Older files say add_prefix_space instead of prepend_scheme, and have str_rep, the symbol once more.
+    """
+    options = read_options(
+        part,
+        replacement=(str,),
+        prepend_scheme=(str, "always" if part.get("add_prefix_space", True) is True else "never"),
+        split=(bool, True),
+        add_prefix_space=(bool, True),
+        str_rep=(str, part.get("replacement")),
+    )
+    if not options["add_prefix_space"] and options["prepend_scheme"] != "never":
+        raise ValueError(f"prepend_scheme must be 'never' without add_prefix_space, got {options['prepend_scheme']!r}")
+    return Metaspace(options["replacement"], options["prepend_scheme"], options["split"])

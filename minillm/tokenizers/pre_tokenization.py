@@ -27,7 +27,7 @@ from minillm.tokenizers.bert_text import BertPreTokenizer
 from minillm.tokenizers.character_split import Digits, Punctuation
 from minillm.tokenizers.json_file import kind
 from minillm.tokenizers.json_options import read_options, read_parts
-from minillm.tokenizers.metaspace import Metaspace
+from minillm.tokenizers.metaspace import Metaspace, metaspace_from_json
 from minillm.tokenizers.piece_pattern import PiecePattern
 from minillm.tokenizers.split import BEHAVIORS, Split
 from minillm.tokenizers.split_patterns import SPLIT_PATTERNS
@@ -201,19 +201,6 @@ def _read_character_split(part: Mapping[str, Any]) -> PreTokenizer:
     return Split(delimiter, "removed")
 
 
-def _read_metaspace(part: Mapping[str, Any]) -> PreTokenizer:
-    # Older files say add_prefix_space, and have str_rep, the symbol once more.
-    options = read_options(
-        part,
-        replacement=(str,),
-        prepend_scheme=(str, "always" if part.get("add_prefix_space", True) is True else "never"),
-        split=(bool, True),
-        add_prefix_space=(bool, True),
-        str_rep=(str, part.get("replacement")),
-    )
-    return Metaspace(options["replacement"], options["prepend_scheme"], options["split"])
-
-
 def _read_sequence(part: Mapping[str, Any]) -> PreTokenizer:
     steps = map(pre_tokenizer_from_json, read_parts(part, "pretokenizers"))
     return PreTokenizerSequence(step for step in steps if step is not None)
@@ -228,6 +215,6 @@ _READERS: dict[str, Callable[[Any], PreTokenizer]] = {
     "Digits": _read_digits,
     "Split": _read_split,
     "CharDelimiterSplit": _read_character_split,
-    "Metaspace": _read_metaspace,
+    "Metaspace": metaspace_from_json,
     "Sequence": _read_sequence,
 }

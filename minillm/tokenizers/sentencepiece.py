@@ -11,9 +11,13 @@ A `.model` file is read as the `sentencepiece` library reads it, and gives its i
 `tokenizers` library reads it, and gives its ids. Both kinds of files can be written, but the same model may then cut a
 text differently, because the two libraries do:
 
-- In `tokenizers`, the text of a control piece ("<s>") becomes that piece; in `sentencepiece` it is text.
+- In `tokenizers`, the text of a control piece ("<s>") becomes that piece, and in Unigram models the text of a byte
+  ("<0x41>") that byte; in `sentencepiece` both are text.
 - User-defined symbols are cut out before normalization there, as one of several steps here. Every stretch between them
-  is normalized alone; a space in front is put only before the first one, and not if it begins with a space.
+  is normalized alone; a space in front is put only where such a stretch begins the text, and itself with no space.
+- Of these symbols, those with "▁" in them stand for text with spaces. In a BPE file they are cut out after
+  normalization, which makes the spaces "▁". In a Unigram file they are cut out where the text itself has "▁"; where it
+  has spaces, they are pieces among others, which win if their scores say so, and not, as here, always.
 - A character map is read grapheme by grapheme there (see `character_map`).
 - Unigram: which of two nearly equally likely segmentations wins is decided by rounding (see
   `sentencepiece_unigram`): in single precision here, in double precision there, where also, if no piece has a "▁"

@@ -16,6 +16,7 @@ from typing import Any
 from minillm.tokenizers.character_map import CharacterMap
 from minillm.tokenizers.json_file import kind
 from minillm.tokenizers.json_options import read_options, read_parts
+from minillm.tokenizers.metaspace import metaspace_from_json
 from minillm.tokenizers.sentencepiece_model import BYTE_PIECES, PieceType, SentencePieceModel
 from minillm.tokenizers.text_pattern import pattern_from_json
 
@@ -126,12 +127,8 @@ def _steps(part: Any) -> Iterable[Step]:
             options = read_options(part, content=(str,), start=(int,), stop=(int,))
             yield partial(_strip, options["content"], options["start"], options["stop"])
         case "Metaspace":
-            flag = (bool, True)
-            options = read_options(
-                part, replacement=(str,), prepend_scheme=(str, "always"), split=flag, add_prefix_space=flag
-            )
-            strips = options["prepend_scheme"] != "never" and options["add_prefix_space"]
-            yield partial(_spaces, options["replacement"], strips)
+            metaspace = metaspace_from_json(part)
+            yield partial(_spaces, metaspace.replacement, metaspace.prepend_scheme != "never")
         case other:
             raise ValueError(
                 "decoder must be Metaspace, or a Sequence of Replace, ByteFallback, Fuse, Strip and Metaspace, "

@@ -3,7 +3,8 @@
 BPE is written like Llama 2's file: "Prepend" and "Replace" as normalizers, no pre-tokenizer, the merges. Where a
 `.model` file has a score for each piece, this one lists which two pieces make it, for every way to split it in two, the
 best piece first. For a vocabulary that BPE has learned both give the same: before a piece is merged, what stands in its
-place has been cut by better pieces only, always in the same way.
+place has been cut by better pieces only, always in the same way. User-defined symbols with "▁" in them ("▁▁▁" for
+indentation) have no merges: they are added tokens, looked for in the normalized text, where spaces are "▁".
 
 Unigram is written like T5's and XLM-R's: "Precompiled" and "Metaspace". Metaspace does not put the space in front of
 the text, which it would leave out before a text that begins with one.
@@ -33,7 +34,6 @@ def parts_of(model: SentencePieceModel) -> dict[str, Any]:
     """What a tokenizer.json says of a model: its added tokens, normalizer, pre-tokenizer, decoder and model."""
     symbols = model.ids_of(PieceType.USER_DEFINED)
     special = [model.unk_id, *model.ids_of(PieceType.CONTROL)]
-    added = [AddedToken(model.pieces[i].text, i, special=i in special) for i in sorted([*special, *symbols])]
     # Behind a symbol there must be no space in front: only Metaspace tells the first stretch of a text from others.
     metaspace_prepends = model.add_dummy_prefix and bool(symbols)
     normalizer = SentencePieceNormalizer(
@@ -42,6 +42,13 @@ def parts_of(model: SentencePieceModel) -> dict[str, Any]:
         remove_extra_whitespaces=model.remove_extra_whitespaces,
         suffix=model.treat_whitespace_as_suffix,
     )
+    added = []
+    for i in sorted([*special, *symbols]):
+        text = model.pieces[i].text
+        # Normalization must leave it as it is: if "▁" at the end of a text goes, "a▁" would be found where "a" is.
+        # Unigram has the symbol's score, by which it competes with other pieces.
+        in_normalized = model.algorithm == "bpe" and i in symbols and SPACE in text and normalizer(text) == text
+        added.append(AddedToken(text, i, normalized=in_normalized, special=i in special))
     splits = model.algorithm == "unigram" and not any(SPACE in piece.text[1:] for piece in model.pieces)
     metaspace = Metaspace(prepend_scheme="first" if metaspace_prepends else "never", split=splits)
     return {

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from operator import index
 
 import numpy as np
 
+from minillm.tokenizers.arguments import checked_flag, checked_integer
 from minillm.tokenizers.character_map import CharacterMap
 from minillm.tokenizers.pieces import check_text
 from minillm.tokenizers.sentencepiece_bpe import learn_pieces
 from minillm.tokenizers.sentencepiece_model import BYTE_PIECES, Piece, PieceType, SentencePieceModel
-from minillm.tokenizers.sentencepiece_normalization import SentencePieceNormalizer
+from minillm.tokenizers.sentencepiece_normalization import SPACE, SentencePieceNormalizer
 from minillm.tokenizers.sentencepiece_words import PieceShape, count_words
 from minillm.tokenizers.tokenizer import MAX_VOCAB_SIZE
 from minillm.tokenizers.unigram_training import train_unigram
@@ -38,8 +38,10 @@ def train_model(
         raise ValueError(f"model must be 'unigram' or 'bpe', got {algorithm!r}")
     if not 0.0 < character_coverage <= 1.0:
         raise ValueError(f"character_coverage must be more than 0 and at most 1, got {character_coverage}")
-    if not 1 <= index(shape.max_length) <= 255:
-        raise ValueError(f"max_piece_length must be from 1 to 255, got {shape.max_length}")
+    checked_integer("max_piece_length", shape.max_length, 1, 255)
+    checked_flag("byte_fallback", byte_fallback)
+    checked_flag("add_dummy_prefix", add_dummy_prefix)
+    checked_flag("remove_extra_whitespaces", remove_extra_whitespaces)
     reserved = _reserved_pieces(special_tokens, user_defined_symbols, byte_fallback)
     normalize = SentencePieceNormalizer(
         CharacterMap(character_map, protected=user_defined_symbols),
@@ -53,7 +55,7 @@ def train_model(
     )
     if not counts.words:
         raise ValueError("texts must hold at least one character: nothing can be learned from an empty corpus")
-    n_learned = index(vocab_size) - len(reserved)
+    n_learned = checked_integer("vocab_size", vocab_size) - len(reserved)
     if not len(counts.alphabet) <= n_learned <= MAX_VOCAB_SIZE - len(reserved):
         raise ValueError(
             f"vocab_size must be from {len(reserved) + len(counts.alphabet)} ({len(counts.alphabet)} characters, "
@@ -83,7 +85,12 @@ def _checked(text: str) -> str:
 
 
 def _reserved_pieces(special_tokens: Sequence[str], symbols: Sequence[str], byte_fallback: bool) -> list[Piece]:
-    """The pieces that are not learned; ValueError if two of them are spelled alike or there is no unknown piece."""
+    """The pieces that are not learned.
+
+    Raises:
+        ValueError: Two of them are spelled alike; there is no unknown piece; a symbol has a space, which no normalized
+            text has.
+    """
     if not special_tokens:
         raise ValueError("special_tokens must begin with the unknown piece, got none")
     kinds = [PieceType.UNKNOWN] + [PieceType.CONTROL] * (len(special_tokens) - 1)
@@ -99,4 +106,7 @@ def _reserved_pieces(special_tokens: Sequence[str], symbols: Sequence[str], byte
                 f"character and not be empty, got {text!r}"
             )
         spelled.add(text)
+    for text in symbols:
+        if " " in text:
+            raise ValueError(f"user_defined_symbols must have {SPACE!r} where the text has a space, got {text!r}")
     return pieces

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import regex
 
+from minillm.tokenizers.arguments import checked_flag
 from minillm.tokenizers.unicode_scripts import SCRIPTS
 
 SPACE = "▁"
@@ -34,6 +35,9 @@ class PieceShape:
         split_by_number: Digits are of that script; False lets them stand beside letters.
         split_digits: A digit 0-9 is always a piece of its own.
         split_by_whitespace: "▁" stands only at the start of a piece; False allows it inside, not at the end.
+
+    Raises:
+        TypeError: One of the last four is no bool.
     """
 
     max_length: int = 16
@@ -41,6 +45,10 @@ class PieceShape:
     split_by_number: bool = True
     split_digits: bool = False
     split_by_whitespace: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("split_by_script", "split_by_number", "split_digits", "split_by_whitespace"):
+            checked_flag(name, getattr(self, name))
 
     def __call__(self, text: str) -> bool:
         """Whether `text` may be a piece."""

@@ -12,16 +12,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
-from operator import index
 from typing import Any
 
 from minillm.tokenizers.added_tokens import WHITE_SPACE
+from minillm.tokenizers.arguments import checked_flag, checked_integer
 from minillm.tokenizers.encoding import Encoding
 from minillm.tokenizers.json_file import kind
 from minillm.tokenizers.template_slots import (
+    LARGEST_ID,
     Slot,
     TextSlot,
     TokenSlot,
+    checked_slot,
     slot_from_json,
     slot_to_json,
     slots_from_string,
@@ -29,6 +31,7 @@ from minillm.tokenizers.template_slots import (
 )
 
 SPACE = "Ġ"  # how byte-level tokens spell a space
+Token = tuple[str, int]
 
 
 class Template:
@@ -45,27 +48,27 @@ class Template:
             its beginning is not in the text and nothing is taken off.
 
     Raises:
+        TypeError: A template is neither a string nor slots, or an argument is of another wrong type.
         ValueError: A template string cannot be read; `single` does not have the first text once and `pair` each of
-            them; a special token has no id.
+            them; a special token has no id; an id or type id is out of range.
     """
 
     def __init__(
         self,
         single: str | Iterable[Slot] = "$A",
         pair: str | Iterable[Slot] = "$A $B:1",
-        special_tokens: Mapping[str, int | Sequence[tuple[str, int]]] | None = None,
+        special_tokens: Mapping[str, int | Sequence[Token]] | None = None,
         *,
         trim_offsets: bool = False,
         add_prefix_space: bool = False,
     ) -> None:
-        self.single = slots_from_string(single) if isinstance(single, str) else tuple(single)
-        self.pair = slots_from_string(pair) if isinstance(pair, str) else tuple(pair)
-        self.special_tokens: dict[str, tuple[tuple[str, int], ...]] = {
-            name: ((name, ids),) if isinstance(ids, int) else tuple((token, index(i)) for token, i in ids)
-            for name, ids in (special_tokens or {}).items()
-        }
-        self.trim_offsets = trim_offsets
-        self.add_prefix_space = trim_offsets and add_prefix_space
+        self.single = tuple(map(checked_slot, slots_from_string(single) if isinstance(single, str) else single))
+        self.pair = tuple(map(checked_slot, slots_from_string(pair) if isinstance(pair, str) else pair))
+        if not isinstance(special_tokens, Mapping | None):
+            raise TypeError(f"special_tokens must be a mapping of names to ids, got {special_tokens!r}")
+        self.special_tokens = {name: _tokens(name, entry) for name, entry in (special_tokens or {}).items()}
+        self.trim_offsets = checked_flag("trim_offsets", trim_offsets)
+        self.add_prefix_space = checked_flag("add_prefix_space", add_prefix_space) and trim_offsets
         for name, slots, wanted in (("single", self.single, [0]), ("pair", self.pair, [0, 1])):
             if sorted(slot.sequence for slot in slots if isinstance(slot, TextSlot)) != wanted:
                 texts = "the first text ($A) once" if name == "single" else "each text ($A, $B) once"
@@ -73,9 +76,6 @@ class Template:
             for slot in slots:
                 if isinstance(slot, TokenSlot) and slot.name not in self.special_tokens:
                     raise ValueError(f"special_tokens must have {slot.name!r}, which template {name} uses")
-        for name, tokens in self.special_tokens.items():
-            if any(i < 0 for _, i in tokens):
-                raise ValueError(f"the ids of special token {name!r} must be at least 0, got {tokens}")
 
     def __repr__(self) -> str:
         strings = f"single={slots_to_string(self.single)!r}, pair={slots_to_string(self.pair)!r}"
@@ -163,7 +163,7 @@ class Template:
         return {"type": "Sequence", "processors": [byte_level, processing]} if self.trim_offsets else processing
 
 
-def bert_template(cls: tuple[str, int] = ("[CLS]", 101), sep: tuple[str, int] = ("[SEP]", 102)) -> Template:
+def bert_template(cls: Token = ("[CLS]", 101), sep: Token = ("[SEP]", 102)) -> Template:
     """BERT's: `[CLS] A [SEP]`, `[CLS] A [SEP] B [SEP]`, the second text and what ends it with type id 1."""
     begin, end = TokenSlot(cls[0]), TokenSlot(sep[0])
     single: list[Slot] = [begin, TextSlot(0), end]
@@ -171,8 +171,8 @@ def bert_template(cls: tuple[str, int] = ("[CLS]", 101), sep: tuple[str, int] = 
 
 
 def roberta_template(
-    cls: tuple[str, int] = ("<s>", 0),
-    sep: tuple[str, int] = ("</s>", 2),
+    cls: Token = ("<s>", 0),
+    sep: Token = ("</s>", 2),
     *,
     trim_offsets: bool = True,
     add_prefix_space: bool = False,
@@ -184,13 +184,13 @@ def roberta_template(
     return Template(single, pair, dict([cls, sep]), trim_offsets=trim_offsets, add_prefix_space=add_prefix_space)
 
 
-def t5_template(eos: tuple[str, int] = ("</s>", 1)) -> Template:
+def t5_template(eos: Token = ("</s>", 1)) -> Template:
     """T5's: `A </s>`, `A </s> B </s>`, all with type id 0."""
     end = TokenSlot(eos[0])
     return Template([TextSlot(0), end], [TextSlot(0), end, TextSlot(1), end], dict([eos]))
 
 
-def llama_template(bos: tuple[str, int] = ("<s>", 1), eos: tuple[str, int] | None = None) -> Template:
+def llama_template(bos: Token = ("<s>", 1), eos: Token | None = None) -> Template:
     """Llama's: `<s> A`, `<s> A <s> B`, the second text and its `<s>` with type id 1; with `eos`, also behind each text.
 
     Llama 3's token is ("<|begin_of_text|>", 128000).
@@ -198,14 +198,12 @@ def llama_template(bos: tuple[str, int] = ("<s>", 1), eos: tuple[str, int] | Non
     return _around_each(bos, eos)
 
 
-def gpt_template(
-    end: tuple[str, int] = ("<|endoftext|>", 50256), *, before: bool = False, after: bool = False
-) -> Template:
+def gpt_template(end: Token = ("<|endoftext|>", 50256), *, before: bool = False, after: bool = False) -> Template:
     """GPT's: nothing is added; or its one special token, which separates documents, before or after each text."""
     return _around_each(end if before else None, end if after else None)
 
 
-def _around_each(before: tuple[str, int] | None, after: tuple[str, int] | None) -> Template:
+def _around_each(before: Token | None, after: Token | None) -> Template:
     """A token before each text, a token after it, or both; type id 1 for all of the second."""
 
     def around(sequence: int) -> list[Slot]:
@@ -247,7 +245,10 @@ def template_from_json(part: Any) -> Template | None:
             template = Template()
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"post_processor {step['type']} is incomplete or wrong: {error!r}") from None
-    trims = kinds[0] in ("ByteLevel", "RobertaProcessing") and bool(steps[0].get("trim_offsets", True))
+    for flag in ("trim_offsets", "add_prefix_space"):
+        if not isinstance(steps[0].get(flag, True), bool):
+            raise ValueError(f"post_processor {kinds[0]}: {flag} must be true or false, got {steps[0][flag]!r}")
+    trims = kinds[0] in ("ByteLevel", "RobertaProcessing") and steps[0].get("trim_offsets", True)
     if kinds == ["ByteLevel"] and not trims:
         return None
     return Template(
@@ -269,8 +270,13 @@ _KNOWN = [
 ]
 
 
-def _token(entry: Any) -> tuple[str, int]:
-    text, token_id = entry
-    if not isinstance(text, str):
-        raise TypeError(f"a token must be a string and an id, got {entry!r}")
-    return text, index(token_id)
+def _tokens(name: str, entry: int | Sequence[Token]) -> tuple[Token, ...]:
+    """What a name of `Template.special_tokens` stands for: one token of this name, or several of any."""
+    return tuple(map(_token, entry)) if isinstance(entry, list | tuple) else (_token((name, entry)),)
+
+
+def _token(entry: Any) -> Token:
+    match entry:
+        case [str(text), token_id]:
+            return text, checked_integer(f"the id of special token {text!r}", token_id, 0, LARGEST_ID)
+    raise TypeError(f"a special token must be a string and an id, got {entry!r}")

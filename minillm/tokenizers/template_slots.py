@@ -11,6 +11,9 @@ import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+from minillm.tokenizers.arguments import checked_integer
+
+LARGEST_ID = (1 << 32) - 1  # of a token or a type: `tokenizers` reads no larger one
 # `$` and `$1` are the first text as well, the latter with type id 1.
 _SLOT = re.compile(r"(?:\$(?P<text>[AaBb]|[0-9]*)|(?P<token>[^$:][^:]*))(?::(?P<type_id>[0-9]+))?")
 
@@ -53,6 +56,17 @@ def _slot_from_string(text: str) -> Slot:
     if match["text"].isdecimal():
         return TextSlot(0, type_id if match["type_id"] else int(match["text"]))
     return TextSlot(int(match["text"] in ("B", "b")), type_id)
+
+
+def checked_slot(slot: object) -> Slot:
+    """`slot`; TypeError if it is none, or its fields are of other types; ValueError for a type id out of range."""
+    match slot:
+        case TextSlot(sequence):
+            sequence = checked_integer("the sequence of a text slot", sequence, 0, 1)
+            return TextSlot(sequence, checked_integer("the type id of a text", slot.type_id, 0, LARGEST_ID))
+        case TokenSlot(str(name)):
+            return TokenSlot(name, checked_integer(f"the type id of {name!r}", slot.type_id, 0, LARGEST_ID))
+    raise TypeError(f"a slot of a template must be a TextSlot or a TokenSlot, got {slot!r}")
 
 
 def slot_from_json(entry: Any) -> Slot:

@@ -24,6 +24,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from minillm.tokenizers.arguments import checked_flag, checked_integer
 from minillm.tokenizers.frequent_substrings import frequent_substrings
 from minillm.tokenizers.unigram_expectation import Floats, WordLattices
 from minillm.tokenizers.unigram_lattice import Lattice
@@ -68,6 +69,7 @@ def train_unigram(
         piece -> natural logarithm of its probability, most likely first.
 
     Raises:
+        TypeError: A number is no integer, `split_by_script` no bool.
         ValueError: There are no words; a count is not positive; `vocab_size` is smaller than the number of characters
             and required pieces; another number is out of range.
     """
@@ -75,11 +77,11 @@ def train_unigram(
         raise ValueError("word_counts must hold at least one word: nothing can be learned from an empty corpus")
     if min(word_counts.values()) < 1:
         raise ValueError(f"counts must be at least 1, got {min(word_counts.values())}")
-    seed_size = 4 * vocab_size if seed_size is None else seed_size
-    if seed_size < 1 or n_sub_iterations < 1:
-        raise ValueError(f"seed_size and n_sub_iterations must be positive, got {seed_size} and {n_sub_iterations}")
-    if not 1 <= max_piece_length <= 255:
-        raise ValueError(f"max_piece_length must be from 1 to 255, got {max_piece_length}")
+    checked_integer("vocab_size", vocab_size, 1)
+    seed_size = 4 * vocab_size if seed_size is None else checked_integer("seed_size", seed_size, 1)
+    checked_integer("n_sub_iterations", n_sub_iterations, 1)
+    checked_integer("max_piece_length", max_piece_length, 1, 255)
+    checked_flag("split_by_script", split_by_script)
     if not 0.0 < shrinking_factor < 1.0:
         raise ValueError(f"shrinking_factor must be between 0 and 1, got {shrinking_factor}")
     if not all(required_pieces):

@@ -7,10 +7,10 @@ and every other is unknown. How much of a text is lost in this way is the out-of
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from operator import index
 from typing import Any, Self
 
 from minillm.tokenizers.added_tokens import AddedToken
+from minillm.tokenizers.arguments import checked_integer
 from minillm.tokenizers.json_file import kind
 from minillm.tokenizers.json_options import read_options
 from minillm.tokenizers.normalization import Normalizer
@@ -131,6 +131,7 @@ def most_frequent(
         order of the WordLevelTrainer of `tokenizers`). And those of them that are special.
 
     Raises:
+        TypeError: A number is no integer.
         ValueError: There are no pieces; `vocab_size` leaves no room for one; `min_frequency` is below 1; special tokens
             repeat.
     """
@@ -139,13 +140,12 @@ def most_frequent(
     if unknown_token not in special_tokens:
         special_tokens = [unknown_token, *special_tokens]
     n_special = len(special_tokens)
-    if not n_special < index(vocab_size) <= MAX_VOCAB_SIZE:
+    if not n_special < checked_integer("vocab_size", vocab_size) <= MAX_VOCAB_SIZE:
         raise ValueError(
             f"vocab_size must be from {n_special + 1} ({n_special} special tokens and one other) to {MAX_VOCAB_SIZE}, "
             f"got {vocab_size}"
         )
-    if min_frequency < 1:
-        raise ValueError(f"min_frequency must be at least 1, got {min_frequency}")
+    checked_integer("min_frequency", min_frequency, 1)
     if not counts:
         raise ValueError("texts must not be empty: there is nothing to learn from")
     pieces = [piece for piece, count in counts.items() if count >= min_frequency]

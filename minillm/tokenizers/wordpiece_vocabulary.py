@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from operator import index
 from typing import get_args
 
+from minillm.tokenizers.arguments import checked_integer
 from minillm.tokenizers.merges import MAX_VOCAB_SIZE
 from minillm.tokenizers.wordpiece_training import Score, learn_wordpiece
 
@@ -43,21 +43,26 @@ def learn_vocabulary(
         limit_alphabet: Keep only so many characters, the initial alphabet and the most frequent others.
 
     Raises:
+        TypeError: A number is no integer.
         ValueError: No words; `vocab_size` does not hold the special tokens and the alphabet; another argument is out of
-            range; special tokens repeat.
+            range; special tokens repeat; the initial alphabet holds something else than characters.
     """
     if score not in get_args(Score):
         raise ValueError(f"score must be one of {', '.join(map(repr, get_args(Score)))}, got {score!r}")
     for name, value in (("min_frequency", min_frequency), ("limit_alphabet", limit_alphabet)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1 or None, got {value}")
+        if value is not None:
+            checked_integer(name, value, 1)
+    initial_alphabet = list(initial_alphabet)
+    for character in initial_alphabet:
+        if not isinstance(character, str) or len(character) != 1:
+            raise ValueError(f"initial_alphabet must hold single characters, got {character!r}")
     if len(set(special_tokens)) < len(special_tokens):
         raise ValueError(f"special_tokens must differ from each other, got {list(special_tokens)!r}")
     if not word_counts:
         raise ValueError("texts must hold at least one word to learn from, got none")
     alphabet = alphabet_of(word_counts, prefix=prefix, initial=initial_alphabet, limit=limit_alphabet)
     tokens = list(dict.fromkeys([*special_tokens, *alphabet]))
-    if not len(tokens) <= index(vocab_size) <= MAX_VOCAB_SIZE:
+    if not len(tokens) <= checked_integer("vocab_size", vocab_size) <= MAX_VOCAB_SIZE:
         raise ValueError(
             f"vocab_size must be from {len(tokens)} ({len(special_tokens)} special tokens and an alphabet of "
             f"{len(tokens) - len(special_tokens)}) to {MAX_VOCAB_SIZE}, got {vocab_size}"
@@ -96,14 +101,14 @@ def alphabet_of(
     Args:
         word_counts: How often each word occurs.
         prefix: What a token begins with that continues a word.
-        initial: Characters to have in any case; of a longer string the first.
+        initial: Characters to have in any case.
         limit: Keep so many characters, the initial and the most frequent; of equally frequent ones, by code point.
     """
     counts: Counter[str] = Counter()
     for word, count in word_counts.items():
         for character in word:
             counts[character] += count
-    first = {text[0] for text in initial if text}
+    first = set(initial)
     by_frequency = sorted(
         {*first, *counts}, key=lambda character: (character not in first, -counts[character], character)
     )

@@ -122,6 +122,8 @@ def model(**values: object) -> Change:
         (model(merges=None), "and a list 'merges'"),
         (model(dropout=0.1), "model.dropout must be null, false or empty, got 0.1"),
         (model(byte_fallback=True), "model.byte_fallback"),
+        (model(ignore_merges=[None]), r"model.ignore_merges must be true, false or null, got \[None\]"),
+        (model(ignore_merges=0), "model.ignore_merges must be true, false or null, got 0"),
         (model(end_of_word_suffix="</w>"), "model.end_of_word_suffix"),
         (model(merges=[["a", "b", "c"]]), r"a merge must be two tokens, got \['a', 'b', 'c'\]"),
         (model(merges=["ab"]), "a merge must be two tokens, got 'ab'"),

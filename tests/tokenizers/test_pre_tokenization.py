@@ -283,6 +283,10 @@ def test_old_spellings_are_read() -> None:
             {"type": "Metaspace", "replacement": "_", "prepend_scheme": "last"},
             r"prepend_scheme must be one of",
         ),
+        (
+            {"type": "Metaspace", "replacement": "_", "prepend_scheme": "always", "add_prefix_space": False},
+            r"prepend_scheme must be 'never' without add_prefix_space, got 'always'",
+        ),
         ({"type": "CharDelimiterSplit", "delimiter": "ab"}, r"delimiter must be one character, got 'ab'"),
         ({"type": "Sequence", "pretokenizers": [{"type": "Whitespace", "x": 1}]}, r"Whitespace has .* 'x'"),
     ],
@@ -301,3 +305,5 @@ def test_bad_arguments_are_refused() -> None:
     for replacement in ("", " ", "ab"):
         with pytest.raises(ValueError, match="replacement must be one character other than a space"):
             Metaspace(replacement)
+    with pytest.raises(TypeError, match="split must be True or False, got 'x'"):
+        Metaspace(split="x")  # type: ignore[arg-type]

@@ -209,6 +209,73 @@ def test_a_tokenizer_json_gives_the_ids_of_the_model(
     assert files[name][1].encode(text, add_special_tokens=False).ids == ours[name].encode(text)
 
 
+def indented(*, add_dummy_prefix: bool, remove_extra_whitespaces: bool = False) -> SentencePieceTokenizer:
+    """BPE with symbols for runs of spaces, as Gemma has them."""
+    return SentencePieceTokenizer.train(
+        LINES,
+        600,
+        model="bpe",
+        add_dummy_prefix=add_dummy_prefix,
+        remove_extra_whitespaces=remove_extra_whitespaces,
+        user_defined_symbols=["<x>", "▁▁", "▁▁▁", "▁▁▁▁▁▁", "is▁", "\n\n"],
+    )
+
+
+@pytest.fixture(scope="module")
+def indented_and_files(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[SentencePieceTokenizer, SentencePieceTokenizer, tokenizers.Tokenizer]:
+    path = tmp_path_factory.mktemp("indented") / "t.json"
+    ours = indented(add_dummy_prefix=False)
+    ours.save(path)
+    return ours, SentencePieceTokenizer.load(path), tokenizers.Tokenizer.from_file(str(path))
+
+
+@settings(deadline=None, max_examples=100)
+@given(text=st.lists(st.sampled_from([" ", "  ", "   ", "\n", "▁", "-> ls", "is", "é"]) | plain_texts).map("".join))
+@example(text="      -> ls\n\n    def f(x):\n\t  a▁▁b")
+def test_symbols_of_spaces_are_found_by_a_tokenizer_json_of_bpe(
+    indented_and_files: tuple[SentencePieceTokenizer, SentencePieceTokenizer, tokenizers.Tokenizer], text: str
+) -> None:
+    ours, reloaded, peer = indented_and_files
+    ids = ours.encode(text)
+    assert reloaded.encode(text) == ids
+    assert peer.encode(text, add_special_tokens=False).ids == ids
+
+
+def test_symbols_of_spaces_are_found_behind_a_space_in_front(tmp_path: Path) -> None:
+    ours = indented(add_dummy_prefix=True)
+    ours.save(tmp_path / "t.json")
+    reloaded = SentencePieceTokenizer.load(tmp_path / "t.json")
+    peer = tokenizers.Tokenizer.from_file(str(tmp_path / "t.json"))
+    for text in ("def f(x):\n      return x", "a  b    c", "a <x>   b", "This is it."):
+        ids = ours.encode(text)
+        assert reloaded.encode(text) == ids == peer.encode(text, add_special_tokens=False).ids
+
+
+def test_a_symbol_that_normalization_changes_is_not_found_in_normalized_text(tmp_path: Path) -> None:
+    """Of "is▁", the removal of white space leaves "is", which is everywhere."""
+    ours = indented(add_dummy_prefix=False, remove_extra_whitespaces=True)
+    ours.save(tmp_path / "t.json")
+    added = json.loads((tmp_path / "t.json").read_text(encoding="utf-8"))["added_tokens"]
+    assert not any(token["normalized"] for token in added)
+    assert SentencePieceTokenizer.load(tmp_path / "t.json").encode("this") == ours.encode("this")
+
+
+def test_how_a_tokenizer_json_of_unigram_differs(
+    ours: dict[str, SentencePieceTokenizer],
+    files: dict[str, tuple[SentencePieceTokenizer, tokenizers.Tokenizer]],
+) -> None:
+    """What the module says of the text of bytes: `tokenizers` takes it for the byte."""
+    text = "a<0x41>"
+    assert theirs("unigram, bytes").encode(text) == ours["unigram, bytes"].encode(text)
+    byte = ours["unigram, bytes"].token_to_id("<0x41>")
+    assert byte not in ours["unigram, bytes"].encode(text)
+    for tokenizer in files["unigram, bytes"]:
+        ids = tokenizer.encode(text) if isinstance(tokenizer, SentencePieceTokenizer) else tokenizer.encode(text).ids
+        assert byte in ids
+
+
 def test_what_cannot_be_said_in_a_tokenizer_json_is_refused(
     ours: dict[str, SentencePieceTokenizer], tmp_path: Path
 ) -> None:
@@ -399,6 +466,7 @@ def test_a_full_cache_changes_nothing(own: dict[str, SentencePieceTokenizer], mo
         ({"special_tokens": []}, "special_tokens must begin with the unknown piece"),
         ({"user_defined_symbols": ["<s>"]}, "must differ from each other and from bytes.*got '<s>'"),
         ({"user_defined_symbols": ["<0x41>"]}, "got '<0x41>'"),
+        ({"user_defined_symbols": ["  "]}, "user_defined_symbols must have '▁' where the text has a space, got '  '"),
         ({"user_defined_symbols": [""]}, "not be empty, got ''"),
         ({"user_defined_symbols": ["\ud800"]}, "lone surrogates"),
         ({"texts": ["", ""]}, "nothing can be learned from an empty corpus"),
@@ -412,6 +480,17 @@ def test_bad_arguments_of_train_are_refused(arguments: dict[str, Any], message: 
 
 
 def test_bad_types_are_refused(own: dict[str, SentencePieceTokenizer]) -> None:
+    for name, value, kind in (
+        ("vocab_size", 300.0, "an integer"),
+        ("max_piece_length", True, "an integer"),
+        ("byte_fallback", "x", "True or False"),
+        ("add_dummy_prefix", 1, "True or False"),
+        ("remove_extra_whitespaces", None, "True or False"),
+        ("split_by_script", 0, "True or False"),
+        ("split_digits", "no", "True or False"),
+    ):
+        with pytest.raises(TypeError, match=f"{name} must be {kind}, got {value!r}"):
+            SentencePieceTokenizer.train(**({"texts": ["a"], "vocab_size": 300} | {name: value}))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="got one str"):
         SentencePieceTokenizer.train("one text", 300)
     with pytest.raises(TypeError, match="text must be a str, got bytes"):
@@ -448,6 +527,12 @@ def test_other_files_are_refused(own: dict[str, SentencePieceTokenizer], tmp_pat
         (bpe, "model", {"vocab": {"a": 1.5}}, "the id of token 'a' must be an integer, got 1.5"),
         (bpe, "model", {"vocab": {"a": 0}}, "all 256 bytes must be in the vocabulary"),
         (bpe, "model", {"unk_token": "?"}, r"model\.unk_token must be in the vocabulary, got '\?'"),
+        (
+            bpe,
+            "decoder",
+            {"decoders": [{"type": "Metaspace", "replacement": "▁", "prepend_scheme": "sometimes"}]},
+            "prepend_scheme must be one of 'always', 'first', 'never', got 'sometimes'",
+        ),
         (bpe, "decoder", {"type": "WordPiece"}, "decoder must be Metaspace.*got 'WordPiece'"),
         (unigram, "model", {"vocab": [["a", 0.0], ["a", 1.0]]}, "an entry of model.vocab must be a token, seen once"),
         (unigram, "model", {"vocab": [["a", "b"]]}, "an entry of model.vocab must be"),

@@ -5,6 +5,7 @@ from dataclasses import fields
 from functools import cache
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -196,12 +197,42 @@ def test_strings_that_are_no_template(string: str) -> None:
         ("$A", "$A $B $B:1", {}, r"got '\$A \$B \$B:1'"),
         ("$A", "$A [SEP] $B", {"[CLS]": 1}, r"special_tokens must have '\[SEP\]', which template pair uses"),
         ("[CLS] $A", "$A $B", None, r"special_tokens must have '\[CLS\]', which template single uses"),
-        ("[CLS] $A", "$A $B", {"[CLS]": -1}, "must be at least 0"),
+        ("[CLS] $A", "$A $B", {"[CLS]": -1}, "special token '\\[CLS\\]' must be from 0 to 4294967295, got -1"),
+        ("$A:4294967296", "$A $B", None, "type id of a text must be from 0 to 4294967295, got 4294967296"),
+        ([TextSlot(2)], "$A $B", None, "sequence of a text slot must be from 0 to 1, got 2"),
     ],
 )
-def test_templates_that_cannot_be(single: str, pair: str, special_tokens: Any, message: str) -> None:
+def test_templates_that_cannot_be(single: Any, pair: str, special_tokens: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Template(single, pair, special_tokens)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"single": [0]}, "a slot of a template must be a TextSlot or a TokenSlot, got 0"),
+        ({"single": [TextSlot(0, True)]}, "the type id of a text must be an integer, got True"),
+        ({"single": [TextSlot(True)]}, "the sequence of a text slot must be an integer, got True"),
+        ({"single": [TextSlot(0), TokenSlot(1)]}, "TokenSlot, got TokenSlot"),  # type: ignore[arg-type]
+        ({"special_tokens": ["x"]}, r"special_tokens must be a mapping of names to ids, got \['x'\]"),
+        ({"special_tokens": {"x": True}}, "the id of special token 'x' must be an integer, got True"),
+        ({"special_tokens": {"x": 1.0}}, r"the id of special token 'x' must be an integer, got 1\.0"),
+        ({"special_tokens": {"x": [(1, 1)]}}, r"a string and an id, got \(1, 1\)"),
+        ({"special_tokens": {"x": [("x",)]}}, r"a string and an id, got \('x',\)"),
+        ({"special_tokens": {1: 1}}, r"a string and an id, got \(1, 1\)"),
+        ({"trim_offsets": "yes"}, "trim_offsets must be True or False, got 'yes'"),
+        ({"add_prefix_space": 0}, "add_prefix_space must be True or False, got 0"),
+    ],
+)
+def test_arguments_of_other_types_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        Template(**arguments)
+
+
+def test_ids_may_be_of_other_integer_types() -> None:
+    template = Template("$A x", special_tokens={"x": np.int64(3)})  # type: ignore[dict-item]
+    assert template == Template("$A x", special_tokens={"x": 3})
+    json.dumps(template.to_json())
 
 
 @pytest.mark.parametrize(
@@ -226,6 +257,17 @@ def test_templates_that_cannot_be(single: str, pair: str, special_tokens: Any, m
             bert_template().to_json() | {"special_tokens": {"[CLS]": {"id": "[CLS]", "ids": [1], "tokens": []}}},
             "zip",
         ),
+        (
+            bert_template().to_json() | {"single": [{"Sequence": {"id": "A", "type_id": True}}]},
+            "must be an integer, got True",
+        ),
+        (
+            bert_template().to_json() | {"single": [{"Sequence": {"id": "A", "type_id": 1 << 64}}]},
+            "must be from 0 to 4294967295",
+        ),
+        ({"type": "BertProcessing", "cls": ["a", True], "sep": ["b", 1]}, "must be an integer, got True"),
+        ({"type": "ByteLevel", "trim_offsets": [None]}, r"ByteLevel: trim_offsets must be true or false, got \[None\]"),
+        ({"type": "ByteLevel", "add_prefix_space": "x"}, "add_prefix_space must be true or false, got 'x'"),
     ],
 )
 def test_other_json_is_refused(part: Any, message: str) -> None:

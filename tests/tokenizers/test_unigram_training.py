@@ -228,6 +228,26 @@ def test_bad_arguments_are_refused(word_counts: dict[str, int], options: dict[st
         train_unigram(word_counts, **{"vocab_size": 10, **options})  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("vocab_size", 9.0),
+        ("seed_size", 2.5),
+        ("seed_size", True),
+        ("n_sub_iterations", 1.5),
+        ("max_piece_length", "16"),
+    ],
+)
+def test_numbers_must_be_integers(name: str, value: object) -> None:
+    with pytest.raises(TypeError, match=f"{name} must be an integer, got {value!r}"):
+        train_unigram({"ab": 2}, **({"vocab_size": 9} | {name: value}))  # type: ignore[arg-type]
+
+
+def test_flags_must_be_flags() -> None:
+    with pytest.raises(TypeError, match="split_by_script must be True or False, got 1"):
+        train_unigram({"ab": 2}, 9, split_by_script=1)  # type: ignore[arg-type]
+
+
 def test_words_that_cannot_be_spelled_are_refused() -> None:
     with pytest.raises(ValueError, match="missing: \\['b'\\]"):
         WordLattices({"ab": 1}, ["a", "ab"])

@@ -168,6 +168,9 @@ def test_bad_arguments_are_refused(cls: type[WordTokenizer] | type[CharacterToke
             cls.train(**({"texts": ["a b"], "vocab_size": 9, "special_tokens": ["<s>"]} | arguments))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="got one str"):
         cls.train("a b", 9)
+    for name, value in (("vocab_size", 9.0), ("min_frequency", 1.5), ("min_frequency", True)):
+        with pytest.raises(TypeError, match=f"{name} must be an integer, got {value}"):
+            cls.train(["a b"], **({"vocab_size": 9} | {name: value}))  # type: ignore[arg-type]
     tokenizer = cls.train(["a b"], 9)
     with pytest.raises(ValueError, match="texts must not be empty"):
         tokenizer.unknown_rate([""])
