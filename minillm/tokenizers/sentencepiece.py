@@ -17,7 +17,7 @@ text differently, because the two libraries do:
   is normalized alone; a space in front is put only where such a stretch begins the text, and itself with no space.
 - Of these symbols, those with "▁" in them stand for text with spaces. In a BPE file they are cut out after
   normalization, which makes the spaces "▁". In a Unigram file they are cut out where the text itself has "▁"; where it
-  has spaces, they are pieces among others, which win if their scores say so, and not, as here, always.
+  has spaces, they compete with the other pieces, as they always do here, but by other scores.
 - A character map is read grapheme by grapheme there (see `character_map`).
 - Unigram: which of two nearly equally likely segmentations wins is decided by rounding (see
   `sentencepiece_unigram`): in single precision here, in double precision there, where also, if no piece has a "▁"

@@ -8,7 +8,7 @@ import numpy as np
 
 from minillm.tokenizers.arguments import checked_flag, checked_integer
 from minillm.tokenizers.character_map import CharacterMap
-from minillm.tokenizers.pieces import check_text
+from minillm.tokenizers.pieces import check_names, check_text
 from minillm.tokenizers.sentencepiece_bpe import learn_pieces
 from minillm.tokenizers.sentencepiece_model import BYTE_PIECES, Piece, PieceType, SentencePieceModel
 from minillm.tokenizers.sentencepiece_normalization import SPACE, SentencePieceNormalizer
@@ -88,9 +88,13 @@ def _reserved_pieces(special_tokens: Sequence[str], symbols: Sequence[str], byte
     """The pieces that are not learned.
 
     Raises:
+        TypeError: The special tokens or the symbols are one str.
         ValueError: Two of them are spelled alike; there is no unknown piece; a symbol has a space, which no normalized
             text has.
     """
+    check_names(special_tokens)
+    if isinstance(symbols, str):
+        raise TypeError(f"user_defined_symbols must be a sequence of texts, got one str; pass [{symbols!r}]")
     if not special_tokens:
         raise ValueError("special_tokens must begin with the unknown piece, got none")
     kinds = [PieceType.UNKNOWN] + [PieceType.CONTROL] * (len(special_tokens) - 1)

@@ -493,6 +493,10 @@ def test_bad_types_are_refused(own: dict[str, SentencePieceTokenizer]) -> None:
             SentencePieceTokenizer.train(**({"texts": ["a"], "vocab_size": 300} | {name: value}))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="got one str"):
         SentencePieceTokenizer.train("one text", 300)
+    with pytest.raises(
+        TypeError, match=r"user_defined_symbols must be a sequence of texts, got one str; pass \['ab'\]"
+    ):
+        SentencePieceTokenizer.train(["a"], 300, user_defined_symbols="ab")
     with pytest.raises(TypeError, match="text must be a str, got bytes"):
         own["bpe"].encode(b"a")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="lone surrogates"):
