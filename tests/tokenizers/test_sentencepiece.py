@@ -1,5 +1,6 @@
 """SentencePiece tokenizers: ids, offsets and texts equal to `sentencepiece`'s, and to `tokenizers`' with its files."""
 
+import importlib
 import io
 import json
 import random
@@ -15,6 +16,7 @@ import regex
 import sentencepiece
 import tokenizers
 import transformers
+from google.protobuf.runtime_version import VersionError
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
@@ -552,6 +554,10 @@ def test_other_files_are_refused(own: dict[str, SentencePieceTokenizer], tmp_pat
     ("kind", "name"), [("Llama", "bpe, bytes"), ("Gemma", "bpe, bytes"), ("T5", "unigram"), ("XLMRoberta", "unigram")]
 )
 def test_files_that_transformers_makes_of_models_are_read(kind: str, name: str, tmp_path: Path) -> None:
+    try:
+        importlib.import_module("sentencepiece.sentencepiece_model_pb2")
+    except VersionError as error:  # only with the oldest protobuf that minillm itself takes
+        pytest.skip(f"the classes with which transformers reads a .model do not work here: {error}")
     for file in ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model"):
         (tmp_path / file).write_bytes(model_bytes(name))
     peer = getattr(transformers, f"{kind}Tokenizer").from_pretrained(tmp_path, local_files_only=True).backend_tokenizer
