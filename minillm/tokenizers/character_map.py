@@ -29,7 +29,9 @@ from minillm.tokenizers.double_array_trie import DoubleArrayTrie
 CACHE_SIZE = 1 << 14
 CACHE_LENGTH = 32
 _NOTHING = r"(?!)"
-_GRAPHEMES = regex.compile(r"\X")
+# Two of the letters that flags are made of are one grapheme. Where one begins in a run of them, \X finds by counting back
+# to the first, for each anew; going from grapheme to grapheme, it is enough to take two at a time.
+_GRAPHEMES = regex.compile(r"\p{RI}{2}[\p{GCB=Extend}\p{GCB=ZWJ}\p{GCB=SpacingMark}]*+|\X")
 # Characters that are a grapheme by themselves, unless one that is not stands beside them (or, after \r, \n).
 _ALONE = r"\p{GCB=Other}\p{GCB=Control}\p{GCB=CR}\p{GCB=LF}가-힣"
 _BEYOND_ASCII = re.compile(r"((?:[ -~]?[^\0-\x7f]++)++[ -~]?|\r\n)")
@@ -81,7 +83,8 @@ class CharacterMap:
         """The same, with the origin of each character.
 
         SentencePiece says that all of a replacement comes from all of what was replaced. `tokenizers` pairs the
-        characters of both one by one; what is left of the replacement comes from the last one replaced.
+        characters of both one by one; what is left of the replacement comes from the last one replaced. What is removed
+        at the very front belongs to the first character that is kept: the text still begins where it did.
         """
         if self._trie is None:
             return text
@@ -100,6 +103,8 @@ class CharacterMap:
             else:
                 starts += [text.starts[start]] * len(replacement)
                 ends += [text.ends[end - 1]] * len(replacement)
+        if self.by_grapheme and starts:
+            starts[0] = text.starts[0]
         return AlignedText("".join(characters), starts, ends)
 
     def steps(self, text: str) -> Iterator[tuple[int, str]]:
@@ -175,9 +180,8 @@ class CharacterMap:
             end, replacement = at + 1, text[at]
             if protected := self._protected.match(text, at):
                 end, replacement = protected.end(), protected.group()
-            elif rules := self._rules_at(text[at:]):
-                length, replacement = rules[-1]
-                end = at + length
+            elif rules := self._rules_at(text, at):
+                end, replacement = rules[-1]
             yield at, end, replacement
             at = end
 
@@ -192,14 +196,13 @@ class CharacterMap:
                 rules = self._rules_at(character)
                 yield n, n + 1, rules[0][1] if rules else character
 
-    def _rules_at(self, text: str) -> list[tuple[int, str]]:
-        """(length in characters, replacement) of the rules with which a text begins, the shortest first."""
+    def _rules_at(self, text: str, start: int = 0) -> list[tuple[int, str]]:
+        """(end, replacement) of the rules for `text[start:end]`, the shortest first."""
         if self._trie is None:
             return []
-        data = text.encode()
         return [
-            (len(data[:length].decode()), self._replacements[value : self._replacements.index(b"\0", value)].decode())
-            for length, value in self._trie.prefixes(data)
+            (end, self._replacements[value : self._replacements.index(b"\0", value)].decode())
+            for end, value in self._trie.prefixes(text, start)
         ]
 
 

@@ -21,7 +21,7 @@ _VALUE = 0x7FFFFFFF
 
 
 class DoubleArrayTrie:
-    """The trie of a compiled map: from the UTF-8 bytes of a text to a number.
+    """The trie of a compiled map: from a text, by its UTF-8 bytes, to a number.
 
     Args:
         units: Its states and values, four bytes each.
@@ -46,17 +46,21 @@ class DoubleArrayTrie:
         self.values: set[int] = set()
         self._read_alphabet()
 
-    def prefixes(self, text: bytes) -> Iterator[tuple[int, int]]:
-        """(length, value) of each text of the trie with which `text` begins, the shortest first."""
+    def prefixes(self, text: str, start: int = 0) -> Iterator[tuple[int, int]]:
+        """(end, value) of each text of the trie that is `text[start:end]`, the shortest first.
+
+        No more of the text is looked at than the trie has steps for, however long it is.
+        """
         units = self._units
         state = _ROOT
-        for length, byte in enumerate(text, 1):
-            state ^= _offset(units[state]) ^ byte
-            # Units that nobody uses may be labelled zero: no text of the trie has such a byte.
-            if state >= len(units) or units[state] & _LABEL != byte or not byte:
-                return
+        for at in range(start, len(text)):
+            for byte in text[at].encode():
+                state ^= _offset(units[state]) ^ byte
+                # Units that nobody uses may be labelled zero: no text of the trie has such a byte.
+                if state >= len(units) or units[state] & _LABEL != byte or not byte:
+                    return
             if units[state] & _ENDS:
-                yield length, units[state ^ _offset(units[state])] & _VALUE
+                yield at + 1, units[state ^ _offset(units[state])] & _VALUE
 
     def _read_alphabet(self) -> None:
         """Find the characters that are a text, that begin a longer one, and that follow in one."""

@@ -12,14 +12,23 @@ Source: Unicode Standard Annex 15, "Unicode normalization forms", and the Unicod
 from __future__ import annotations
 
 import re
-from itertools import accumulate
+from itertools import accumulate, groupby
 from typing import Any, Literal
 from unicodedata import combining, is_normalized, normalize
+
+import regex
 
 from minillm.tokenizers.aligned_text import AlignedText
 
 # No form changes ASCII; an ASCII character can be combined with what follows it, but never with what precedes it.
 _MAY_CHANGE = re.compile(r"[\x00-\x7f]?[^\x00-\x7f]+")
+# Python sorts the marks of a letter by insertion, in a time that grows with the square of their number, so runs of at
+# least STRIDE * 4 are sorted before it sees them. Among every STRIDE-th character of the text, four in a row are of such
+# a run: looking there is enough for nearly all texts. The five named are no marks, but are made of marks only.
+STRIDE = 16
+_MARK = r"[\P{ccc=0}\u0f73\u0f75\u0f81\uff9e\uff9f]"
+_FOUR_MARKS = regex.compile(_MARK + "{4}")
+_LONG_RUN = regex.compile(f"{_MARK}{{{STRIDE * 4},}}+")
 
 
 class _UnicodeForm:
@@ -34,6 +43,10 @@ class _UnicodeForm:
     form: Literal["NFC", "NFD", "NFKC", "NFKD"]
 
     def __call__(self, text: str) -> str:
+        if text.isascii():
+            return text
+        if _FOUR_MARKS.search(text[::STRIDE]):
+            text = _LONG_RUN.sub(lambda run: _with_sorted_marks(run[0], _apart(self.form)), text)
         return normalize(self.form, text)
 
     def align(self, text: AlignedText) -> AlignedText:
@@ -58,8 +71,8 @@ class _UnicodeForm:
         return AlignedText("".join(characters), starts, ends)
 
     def _align(self, text: AlignedText) -> AlignedText:
-        apart = _decomposed(text, "NFKD" if "K" in self.form else "NFD")
-        result = normalize(self.form, text.text)
+        apart = _decomposed(text, _apart(self.form))
+        result = self(text.text)
         places = apart if self.form.endswith("D") else _composed(result, apart)
         # Widened so that both rise: no start after a later one, no end before an earlier one.
         starts = list(accumulate((start for _, start, _ in reversed(places)), min))[::-1]
@@ -69,6 +82,20 @@ class _UnicodeForm:
     def to_json(self) -> dict[str, Any]:
         """Its part of a tokenizer.json."""
         return {"type": self.form}
+
+
+def _apart(form: str) -> Literal["NFD", "NFKD"]:
+    return "NFKD" if "K" in form else "NFD"
+
+
+def _with_sorted_marks(run: str, form: Literal["NFD", "NFKD"]) -> str:
+    """Characters taken apart, marks sorted by their combining class, as a stable sort.
+
+    Those that are marks to `regex` only, whose Unicode may be newer, keep their places, as all letters do.
+    """
+    parts = "".join([normalize(form, character) for character in run])
+    stretches = (stretch for _, stretch in groupby(parts, key=lambda part: combining(part) > 0))
+    return "".join(["".join(sorted(stretch, key=combining)) for stretch in stretches])
 
 
 Place = tuple[str, int, int]  # a character and the stretch it comes from

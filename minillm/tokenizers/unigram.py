@@ -261,20 +261,21 @@ class UnigramTokenizer(Tokenizer):
 
     def _tokens_of(self, piece: str, spans: Spans) -> list[tuple[int, int, list[int]]]:
         """(start, end, ids): unknown characters in a row are one token, or all bytes of it."""
-        out: list[tuple[int, int, list[int]]] = []
+        stretches: list[tuple[int, int]] = []
         unknown = False
         for start, end in spans:
             before, unknown = unknown, self._vocabulary.get(piece[start:end], self._unknown_id) == self._unknown_id
             if before and unknown:
-                start = out.pop()[0]
-            out.append((start, end, self._ids_of(piece[start:end])))
-        return out
+                start = stretches.pop()[0]
+            stretches.append((start, end))
+        # Not before: looking at each growing stretch would take a time that grows with the square of its length.
+        return [(start, end, self._ids_of(piece[start:end])) for start, end in stretches]
 
     def _ids_of(self, token: str) -> list[int]:
         if token in self._vocabulary:
             return [self._vocabulary[token]]
         if self._unknown_id is None:
-            raise ValueError(f"text must be made of pieces where there is no unknown token, got {token!r}")
+            raise ValueError(f"text must be made of pieces where there is no unknown token, got {token!r:.80}")
         return [self._byte_ids[byte] for byte in token.encode()] if self.byte_fallback else [self._unknown_id]
 
     def _join(self, ids: list[int]) -> str:

@@ -8,13 +8,16 @@ from functools import cache
 import pytest
 import regex
 import sentencepiece
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import Regex, normalizers, pre_tokenizers
+from tokenizers import AddedToken as PeerToken
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
 from minillm.tokenizers.aligned_text import AlignedText
-from minillm.tokenizers.character_map import CharacterMap
+from minillm.tokenizers.character_map import _GRAPHEMES, CharacterMap
+from minillm.tokenizers.metaspace import Metaspace
 from minillm.tokenizers.sentencepiece_model import SentencePieceModel
+from minillm.tokenizers.unigram import UnigramTokenizer
 
 NAMES = ["nmt_nfkc", "nfkc_cf"]
 names = pytest.mark.parametrize("name", NAMES)
@@ -81,6 +84,31 @@ def test_graphemes_are_replaced_as_in_tokenizers(name: str, text: str) -> None:
     assert maps(name)[1](text) == normalizers.Precompiled(compiled(name)).normalize_str(text)
 
 
+joined = st.sampled_from("🇩🇪🇫a\u0301\u200d\ufe0f👍🏽\u0600\u0903\u0e33\r\n가ᄀ\u094dक")
+
+
+@given(st.lists(joined | st.characters(exclude_categories=["Cs"]), max_size=12).map("".join))
+@example("🇩🇪🇫")
+@example("🇩\u0301🇪🇫\u0301🇩")
+@example("\u0600🇩🇪🇫🇩a🇩")
+@example("👍🏽\u200d🇩🇪\u200d👍🇩")
+def test_flags_two_letters_at_a_time_are_graphemes(text: str) -> None:
+    assert _GRAPHEMES.findall(text) == regex.findall(r"\X", text)
+
+
+LONG_RUNS = ["a" + "\u0301" * 3000, "ᄀ" * 3000, "\u0323\u0301ﬁ" * 900, "e" + "\u3099" * 2000 + "か\u3099"]
+
+
+@names
+@pytest.mark.parametrize("text", [*LONG_RUNS, "🇩" * 2001, "ﬁ🇩\u0301🇪" * 500], ids=ascii)
+def test_long_runs_are_replaced_as_in_both(name: str, text: str) -> None:
+    by_rule, by_grapheme = maps(name)
+    assert by_rule(text) == peer(name).normalize(text)
+    assert by_grapheme(text) == normalizers.Precompiled(compiled(name)).normalize_str(text)
+    for character_map in (by_rule, by_grapheme):
+        assert character_map.align(AlignedText.of(text)).text == character_map(text)
+
+
 @names
 def test_every_character_and_its_neighbours(name: str) -> None:
     """Each character that begins a rule, alone and beside others, in long texts that take the fast ways."""
@@ -103,6 +131,7 @@ def test_what_is_aligned_is_the_same_text_from_growing_places(text: str, by_grap
     for character, start, end in zip(aligned.text, aligned.starts, aligned.ends, strict=True):
         assert 0 <= start < end <= len(text)
         assert character in character_map(text[start:end]) or by_grapheme
+    assert not by_grapheme or not aligned.text or aligned.starts[0] == 0
 
 
 def test_where_replacements_come_from() -> None:
@@ -116,6 +145,29 @@ def test_where_replacements_come_from() -> None:
         assert list(zip(aligned.starts, aligned.ends, strict=True)) == spans
     # A text that has been changed before keeps its first origin.
     assert by_rule.align(AlignedText("ﬁ", [3], [9])) == AlignedText("fi", [3, 3], [9, 9])
+
+
+removed_in_front = st.sampled_from(["\x01", "\x02\x01", "<x>", "a", "ﬁ", "\u0301", " ", "\x01e\u0301"])
+
+
+@slow_start
+@given(st.lists(removed_in_front, max_size=6).map("".join))
+@example("\x01ab")
+@example("<x>\x01ab")
+def test_a_text_begins_where_it_did_though_its_first_character_is_removed(text: str) -> None:
+    """So that it gets the symbol of the first word, as in `tokenizers`; what follows a special token does not."""
+    pieces = [(piece, -1.0) for piece in ("<unk>", "<x>", "▁", "a", "b", "▁a", "f", "i", "▁f")]
+    ours = UnigramTokenizer(
+        pieces,
+        normalizer=maps("nmt_nfkc")[1],
+        pre_tokenizer=Metaspace(prepend_scheme="first"),
+        special_tokens={"<x>": 1},
+    )
+    theirs = Tokenizer(models.Unigram(pieces, 0, False))
+    theirs.normalizer = normalizers.Precompiled(compiled("nmt_nfkc"))
+    theirs.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    theirs.add_special_tokens([PeerToken("<x>", normalized=False)])
+    assert ours.encode(text) == theirs.encode(text).ids
 
 
 def test_protected_texts_stay() -> None:

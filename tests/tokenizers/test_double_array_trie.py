@@ -1,6 +1,7 @@
 """The trie in an array, held against looking at every text; the arrays are built here, by the plainest method."""
 
 import struct
+from typing import SupportsIndex
 
 import pytest
 from hypothesis import given
@@ -42,12 +43,28 @@ alphabet = st.text("ab\u00e9\u4e2d\U0001f44d", min_size=1, max_size=4)
 @given(st.dictionaries(alphabet, st.integers(0, 1000), min_size=1, max_size=12), st.text("ab\u00e9\u4e2d\U0001f44d\0"))
 def test_all_texts_with_which_a_text_begins_are_found(values: dict[str, int], text: str) -> None:
     trie = DoubleArrayTrie(built(values))
-    found = [(len(known.encode()), value) for known, value in values.items() if text.startswith(known)]
-    assert list(trie.prefixes(text.encode())) == sorted(found)
+    for start in range(len(text) + 1):
+        found = [(start + len(known), value) for known, value in values.items() if text.startswith(known, start)]
+        assert list(trie.prefixes(text, start)) == sorted(found)
     assert trie.single == {known for known in values if len(known) == 1}
     assert trie.first == {known[0] for known in values if len(known) > 1}
     assert trie.following == {character for known in values for character in known[1:]}
     assert trie.values == set(values.values())
+
+
+def test_no_more_of_a_text_is_looked_at_than_the_trie_is_deep() -> None:
+    class Counted(str):
+        n_characters = 0
+
+        def __getitem__(self, at: SupportsIndex | slice) -> str:
+            found = super().__getitem__(at)
+            self.n_characters += len(found)
+            return found
+
+    trie = DoubleArrayTrie(built({"ab": 1, "abbb": 2}))
+    text = Counted("a" + "b" * 10_000)
+    assert list(trie.prefixes(text)) == [(2, 1), (4, 2)]
+    assert text.n_characters == 5
 
 
 def test_damaged_arrays_are_refused() -> None:

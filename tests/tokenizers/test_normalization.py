@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import Regex as PeerRegex
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
+from minillm.tokenizers import unicode_forms
 from minillm.tokenizers.aligned_text import AlignedText
 from minillm.tokenizers.normalization import (
     NFC,
@@ -232,6 +233,56 @@ def test_long_runs_without_ascii_take_time_in_proportion() -> None:
     text = "a" + "\u0316\u0301" * 500 + "中" * 20_000 + "e\u0301" * 20_000
     for form in FORMS:
         assert form().align(AlignedText.of(text)).text == unicodedata.normalize(form.__name__, text)
+
+
+# Marks of several classes, one of a class of its own, what is made of marks only, what such marks join.
+in_runs = st.sampled_from("\u0301\u0316\u0323\u0308\u0345\u3099\u0f73\u0f75\u0f81\uff9e\uff9f\u0344\u0338")
+long_runs = st.lists(
+    st.tuples(
+        st.sampled_from(["", "a", "é", "ḍ", "か", "가", "\u1100", "\u0f71", "ﬁ"]),
+        st.lists(in_runs | st.sampled_from(MARKS), max_size=5).map("".join),
+        st.lists(in_runs, min_size=1, max_size=6).map("".join),
+        st.integers(0, 40),
+        st.sampled_from(["", " ", "\u0301", "x", "é"]),
+    ).map(lambda parts: parts[0] + parts[1] + parts[2] * parts[3] + parts[4]),
+    max_size=3,
+).map("".join)
+
+
+@forms
+@settings(max_examples=80)
+@given(text=long_runs)
+def test_long_runs_of_marks_are_sorted_as_python_sorts_them(form: type[NFC], text: str) -> None:
+    assert form()(text) == unicodedata.normalize(form.__name__, text)
+    assert form().align(AlignedText.of(text)).text == form()(text)
+
+
+def test_what_is_made_of_marks_only_is_sorted_beforehand() -> None:
+    is_mark = unicode_forms._FOUR_MARKS
+    for character in map(chr, [*range(0xD800), *range(0xE000, 0x30000)]):
+        # That of Unicode 3.2, and that of this Python: what both know, every table has.
+        if unicodedata.ucd_3_2_0.category(character) != "Cn":
+            marks_only = all(map(unicodedata.combining, unicodedata.normalize("NFKD", character)))
+            assert bool(is_mark.match(character * 4)) == marks_only, ascii(character)
+
+
+@forms
+@pytest.mark.parametrize("unit", ["\u0323\u0301", "\u0f73", "\u0301\u0316\u0345", "\u0344\u0316"], ids=ascii)
+def test_python_is_given_no_long_run_to_sort(monkeypatch: pytest.MonkeyPatch, form: type[NFC], unit: str) -> None:
+    """It would take a time that grows with the square of the length: it moves one mark at a time."""
+    given_to_python = []
+
+    def recorded(name: str, text: str) -> str:
+        given_to_python.append(text)
+        return unicodedata.normalize(name, text)
+
+    text = "a" + unit * 1000 + "b"
+    monkeypatch.setattr(unicode_forms, "normalize", recorded)
+    form()(text)
+    form().align(AlignedText.of(text))
+    for part in given_to_python:
+        classes = list(map(unicodedata.combining, unicodedata.normalize("NFKD", part.strip("ab"))))
+        assert len(part) < 3 or classes == sorted(classes)
 
 
 @given(text=texts, pattern=st.sampled_from(["ab+", r"\s+", "[aé]", r"(\w)\1", "中|é"]), content=st.text(max_size=3))

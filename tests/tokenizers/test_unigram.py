@@ -195,6 +195,31 @@ def test_any_vocabulary_encodes_as_in_tokenizers(
     assert found.offsets == expected.offsets
 
 
+@pytest.mark.parametrize("byte_fallback", [False, True])
+def test_a_long_unknown_stretch_is_looked_up_once(monkeypatch: pytest.MonkeyPatch, byte_fallback: bool) -> None:
+    pieces = [("<unk>", 0.0), *((piece, -3.0) for piece in BYTE_PIECES), ("▁", -1.0), ("a", -1.0)]
+    ours = UnigramTokenizer(pieces, byte_fallback=byte_fallback)
+    peer = Tokenizer(models.Unigram(pieces, 0, byte_fallback))
+    peer.pre_tokenizer = pre_tokenizers.Metaspace()
+    looked_up = 0
+    ids_of = ours._ids_of
+
+    def counted(token: str) -> list[int]:
+        nonlocal looked_up
+        looked_up += len(token)
+        return ids_of(token)
+
+    monkeypatch.setattr(ours, "_ids_of", counted)
+    for text in ("\0" * 5_000, "é\0中" * 2_000 + "a", ("x" * 700 + "a") * 5):
+        looked_up = 0
+        ids = ours.encode(text)
+        assert looked_up == len("▁" + text)
+        found = ours.encode_with_offsets(text)
+        expected = peer.encode(text)
+        assert ids == found.ids == expected.ids
+        assert found.offsets == expected.offsets
+
+
 @given(st.lists(st.sampled_from([*"abc d", "<pad>"]), max_size=7).map("".join), st.integers(1, 60))
 def test_n_best_are_the_n_best_of_all(text: str, n: int) -> None:
     pieces = [("<unk>", 0.0), ("<pad>", 0.0), ("▁", -1.0), ("a", -1.5), ("b", -2.5), ("ab", -3.2), ("▁a", -2.1)]
