@@ -29,9 +29,9 @@ from minillm.tokenizers.double_array_trie import DoubleArrayTrie
 CACHE_SIZE = 1 << 14
 CACHE_LENGTH = 32
 _NOTHING = r"(?!)"
-# Two of the letters that flags are made of are one grapheme. Where one begins in a run of them, \X finds by counting back
-# to the first, for each anew; going from grapheme to grapheme, it is enough to take two at a time.
-_GRAPHEMES = regex.compile(r"\p{RI}{2}[\p{GCB=Extend}\p{GCB=ZWJ}\p{GCB=SpacingMark}]*+|\X")
+# Two of the letters that flags are made of are one grapheme. Where one begins in a run of them, \X finds by counting
+# back to the first, for each anew; going from grapheme to grapheme, it is enough to take two while more follow.
+_GRAPHEMES = regex.compile(r"\p{RI}{2}(?=\p{RI})|\X")
 # Characters that are a grapheme by themselves, unless one that is not stands beside them (or, after \r, \n).
 _ALONE = r"\p{GCB=Other}\p{GCB=Control}\p{GCB=CR}\p{GCB=LF}가-힣"
 _BEYOND_ASCII = re.compile(r"((?:[ -~]?[^\0-\x7f]++)++[ -~]?|\r\n)")

@@ -23,8 +23,8 @@ from minillm.tokenizers.aligned_text import AlignedText
 # No form changes ASCII; an ASCII character can be combined with what follows it, but never with what precedes it.
 _MAY_CHANGE = re.compile(r"[\x00-\x7f]?[^\x00-\x7f]+")
 # Python sorts the marks of a letter by insertion, in a time that grows with the square of their number, so runs of at
-# least STRIDE * 4 are sorted before it sees them. Among every STRIDE-th character of the text, four in a row are of such
-# a run: looking there is enough for nearly all texts. The five named are no marks, but are made of marks only.
+# least STRIDE * 4 are sorted before it sees them. Among every STRIDE-th character of the text, four in a row are of
+# such a run: looking there is enough for nearly all texts. The five named are no marks, but are made of marks only.
 STRIDE = 16
 _MARK = r"[\P{ccc=0}\u0f73\u0f75\u0f81\uff9e\uff9f]"
 _FOUR_MARKS = regex.compile(_MARK + "{4}")

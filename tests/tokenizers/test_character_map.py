@@ -91,6 +91,7 @@ joined = st.sampled_from("🇩🇪🇫a\u0301\u200d\ufe0f👍🏽\u0600\u0903\u0
 @example("🇩🇪🇫")
 @example("🇩\u0301🇪🇫\u0301🇩")
 @example("\u0600🇩🇪🇫🇩a🇩")
+@example("🇩🇪🇩🇪\u094dक")
 @example("👍🏽\u200d🇩🇪\u200d👍🇩")
 def test_flags_two_letters_at_a_time_are_graphemes(text: str) -> None:
     assert _GRAPHEMES.findall(text) == regex.findall(r"\X", text)
