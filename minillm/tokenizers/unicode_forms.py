@@ -43,9 +43,7 @@ class _UnicodeForm:
     form: Literal["NFC", "NFD", "NFKC", "NFKD"]
 
     def __call__(self, text: str) -> str:
-        if text.isascii():
-            return text
-        if _FOUR_MARKS.search(text[::STRIDE]):
+        if len(text) >= STRIDE * 4 and not text.isascii() and _FOUR_MARKS.search(text[::STRIDE]):
             text = _LONG_RUN.sub(lambda run: _with_sorted_marks(run[0], _apart(self.form)), text)
         return normalize(self.form, text)
 
