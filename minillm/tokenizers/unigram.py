@@ -20,12 +20,13 @@ from operator import index
 from typing import Any, Self
 
 from minillm.tokenizers.added_tokens import AddedToken
+from minillm.tokenizers.arguments import checked_flag
 from minillm.tokenizers.json_file import kind
 from minillm.tokenizers.json_options import read_options
 from minillm.tokenizers.metaspace import Metaspace
 from minillm.tokenizers.normalization import Normalizer
 from minillm.tokenizers.padding import Padding
-from minillm.tokenizers.pieces import check_text, count_pieces
+from minillm.tokenizers.pieces import check_names, check_text, count_pieces
 from minillm.tokenizers.pre_tokenization import PreTokenizer
 from minillm.tokenizers.sentencepiece_decoding import DecoderChain
 from minillm.tokenizers.template import Template
@@ -95,7 +96,7 @@ class UnigramTokenizer(Tokenizer):
         if byte_fallback and missing:
             raise ValueError(f"with byte_fallback all 256 bytes must be pieces; missing: {', '.join(missing)}")
         self.unknown_token = unknown_token
-        self.byte_fallback = byte_fallback
+        self.byte_fallback = checked_flag("byte_fallback", byte_fallback)
         self.decoder = decoder or _decoder(pre_tokenizer, byte_fallback)
         self._unknown_id = None if unknown_token is None else self._vocabulary[unknown_token]
         self._byte_ids = [self._vocabulary[piece] for piece in BYTE_PIECES] if byte_fallback else []
@@ -136,6 +137,7 @@ class UnigramTokenizer(Tokenizer):
             ValueError: The texts hold nothing; `vocab_size` is smaller than what must be there; another number is out
                 of range; a text has a lone surrogate; special tokens repeat or lack the unknown token.
         """
+        check_names(special_tokens)
         reserved = [*special_tokens, *(BYTE_PIECES if byte_fallback else ())]
         if unknown_token not in special_tokens:
             raise ValueError(f"special_tokens must hold the unknown token {unknown_token!r}, got {[*special_tokens]}")

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from minillm.tokenizers.added_tokens import AddedToken
+from minillm.tokenizers.arguments import checked_integer
 from minillm.tokenizers.json_file import kind
 from minillm.tokenizers.json_options import read_options
 from minillm.tokenizers.normalization import BertNormalizer, Normalizer
@@ -104,11 +105,9 @@ class WordPieceTokenizer(Tokenizer):
         )
         if unknown_token not in self._vocabulary:
             raise ValueError(f"vocabulary must hold the unknown token {unknown_token!r}")
-        if max_word_length < 0:
-            raise ValueError(f"max_word_length must be at least 0, got {max_word_length}")
         self.unknown_token = unknown_token
         self.continuing_prefix = continuing_prefix
-        self.max_word_length = max_word_length
+        self.max_word_length = checked_integer("max_word_length", max_word_length)
         self.decoder = decoder
         self._longest = max(map(len, self._vocabulary))
 
