@@ -23,12 +23,13 @@ from minillm.tokenizers.aligned_text import AlignedText
 # No form changes ASCII; an ASCII character can be combined with what follows it, but never with what precedes it.
 _MAY_CHANGE = re.compile(r"[\x00-\x7f]?[^\x00-\x7f]+")
 # Python sorts the marks of a letter by insertion, in a time that grows with the square of their number, so runs of at
-# least STRIDE * 4 are sorted before it sees them. Among every STRIDE-th character of the text, four in a row are of
-# such a run: looking there is enough for nearly all texts. The five named are no marks, but are made of marks only.
+# least LONG are sorted before it sees them. Among every STRIDE-th character of the text, four in a row are of such a
+# run: looking there is enough for nearly all texts. The five named are no marks, but are made of marks only.
 STRIDE = 16
+LONG = 4 * STRIDE
 _MARK = r"[\P{ccc=0}\u0f73\u0f75\u0f81\uff9e\uff9f]"
 _FOUR_MARKS = regex.compile(_MARK + "{4}")
-_LONG_RUN = regex.compile(f"{_MARK}{{{STRIDE * 4},}}+")
+_LONG_RUN = regex.compile(f"{_MARK}{{{LONG},}}+")
 
 
 class _UnicodeForm:
@@ -43,7 +44,7 @@ class _UnicodeForm:
     form: Literal["NFC", "NFD", "NFKC", "NFKD"]
 
     def __call__(self, text: str) -> str:
-        if len(text) >= STRIDE * 4 and not text.isascii() and _FOUR_MARKS.search(text[::STRIDE]):
+        if len(text) >= LONG and not text.isascii() and _FOUR_MARKS.search(text[::STRIDE]):
             text = _LONG_RUN.sub(lambda run: _with_sorted_marks(run[0], _apart(self.form)), text)
         return normalize(self.form, text)
 
