@@ -142,10 +142,6 @@ class AddedTokens:
         """Text -> id of the special ones."""
         return {token.text: token.id for token in self if token.special}
 
-    def with_id(self, token_id: int) -> AddedToken | None:
-        """The token with this id, None if no added token has it."""
-        return self._by_id.get(token_id)
-
     def with_text(self, text: str) -> AddedToken | None:
         """The token of this text, None if there is none."""
         return self._by_text.get(text)

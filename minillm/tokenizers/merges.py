@@ -61,11 +61,12 @@ def learn_merges_plain(
             id_of[merged_bytes] = len(tokens)
             tokens.append(merged_bytes)
         merges[best] = id_of[merged_bytes]
-        words = {word: _merge_pair(ids, best, merges[best]) for word, ids in words.items()}
+        words = {word: merge_pair(ids, best, merges[best]) for word, ids in words.items()}
     return merges
 
 
-def _merge_pair(ids: Sequence[int], pair: Pair, merged: int) -> list[int]:
+def merge_pair(ids: Sequence[int], pair: Pair, merged: int) -> list[int]:
+    """`ids` with `merged` in place of every occurrence of the pair, from left to right."""
     out: list[int] = []
     at = 0
     while at < len(ids):
@@ -118,22 +119,7 @@ def learn_merges(
                 tokens.append(merged_bytes)
             merges[ord(left), ord(right)] = id_of[merged_bytes]
             merged = chr(id_of[merged_bytes])
-            new_pairs: dict[str, list[int]] = defaultdict(list)
-            for i in dict.fromkeys(found_in.pop(pair)):
-                word, count, end = words[i], counts[i], 0
-                while (at := word.find(pair, end)) >= 0:
-                    if at > 0:
-                        before = word[at - 1] if at > end else merged
-                        pair_counts[before + left] -= count
-                        pair_counts[before + merged] += count
-                        new_pairs[before + merged].append(i)
-                    end = at + 2
-                    if after := word[end : end + 1]:
-                        pair_counts[right + after] -= count
-                        pair_counts[merged + after] += count
-                        new_pairs[merged + after].append(i)
-                if end > 0:  # else the word has lost the pair to another merge since it was found there
-                    words[i] = word.replace(pair, merged)
+            new_pairs, _ = merge_in_words(pair, merged, found_in.pop(pair), words, counts, pair_counts)
             found_in.update(new_pairs)
             for new_pair in new_pairs:
                 if (count := pair_counts[new_pair]) == highest:
@@ -141,6 +127,48 @@ def learn_merges(
                 else:
                     buckets[count].append(new_pair)
     return merges
+
+
+def merge_in_words(
+    pair: str,
+    merged: str,
+    found_in: Sequence[int],
+    words: list[str],
+    counts: Sequence[int],
+    pair_counts: dict[str, int],
+) -> tuple[dict[str, list[int]], int]:
+    """Write `merged` for a pair in the words that have it, and correct the counts of the pairs around each place.
+
+    Args:
+        pair, merged: Two symbols, and the one that they become; a symbol is one character.
+        found_in: The words in which the pair has been seen, by number. It may be gone from some, or named twice.
+        words, counts: All words, one character a symbol (changed here), and how often each occurs.
+        pair_counts: How often each pair of neighbours occurs (changed here, the merged pair's own count excepted); or
+            an empty `defaultdict(int)` that is to receive the differences.
+
+    Returns:
+        The words in which each new pair stands, and how many merges there were, each word by its count.
+    """
+    left, right = pair[0], pair[1]
+    new_pairs: dict[str, list[int]] = defaultdict(list)
+    n_merged = 0
+    for i in dict.fromkeys(found_in):
+        word, count, end = words[i], counts[i], 0
+        while (at := word.find(pair, end)) >= 0:
+            n_merged += count
+            if at > 0:
+                before = word[at - 1] if at > end else merged
+                pair_counts[before + left] -= count
+                pair_counts[before + merged] += count
+                new_pairs[before + merged].append(i)
+            end = at + 2
+            if after := word[end : end + 1]:
+                pair_counts[right + after] -= count
+                pair_counts[merged + after] += count
+                new_pairs[merged + after].append(i)
+        if end > 0:  # else the word has lost the pair to another merge since it was found there
+            words[i] = word.replace(pair, merged)
+    return new_pairs, n_merged
 
 
 def apply_merges_plain(ids: Sequence[int], merges: Mapping[Pair, int]) -> list[int]:

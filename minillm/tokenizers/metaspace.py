@@ -15,6 +15,7 @@ from minillm.tokenizers.arguments import checked_flag
 from minillm.tokenizers.json_options import read_options
 from minillm.tokenizers.piece_pattern import BLOCK_LENGTH
 
+SPACE = "▁"  # U+2581, how SentencePiece writes a space
 PrependScheme = Literal["always", "first", "never"]
 
 
@@ -32,7 +33,7 @@ class Metaspace:
         ValueError: `replacement` is not one character other than a space, or `prepend_scheme` is unknown.
     """
 
-    def __init__(self, replacement: str = "▁", prepend_scheme: PrependScheme = "always", split: bool = True) -> None:
+    def __init__(self, replacement: str = SPACE, prepend_scheme: PrependScheme = "always", split: bool = True) -> None:
         if not isinstance(replacement, str) or len(replacement) != 1 or replacement == " ":
             raise ValueError(f"replacement must be one character other than a space, got {replacement!r}")
         if prepend_scheme not in get_args(PrependScheme):

@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from heapq import heapify, heappop, heappush
 from itertools import pairwise
 
+from minillm.tokenizers.merges import merge_in_words
+
 # In a word shorter than this, scanning a list for the best pair is faster than keeping a heap of pairs.
 SHORT_WORD = 128
 
@@ -196,25 +198,10 @@ def learn_pieces(word_counts: Mapping[str, int], n_pieces: int, is_piece: Callab
                 continue
             if piece in made or not is_piece(piece):
                 continue
-            left, right, merged = pair[0], pair[1], next(free)
+            merged = next(free)
             made[piece] = None
             spelling[merged] = piece
-            new_pairs: dict[str, list[int]] = defaultdict(list)
-            for i in dict.fromkeys(found_in.pop(pair)):
-                word, count, end = words[i], counts[i], 0
-                while (at := word.find(pair, end)) >= 0:
-                    if at > 0:
-                        before = word[at - 1] if at > end else merged
-                        pair_counts[before + left] -= count
-                        pair_counts[before + merged] += count
-                        new_pairs[before + merged].append(i)
-                    end = at + 2
-                    if after := word[end : end + 1]:
-                        pair_counts[right + after] -= count
-                        pair_counts[merged + after] += count
-                        new_pairs[merged + after].append(i)
-                if end > 0:  # else the word has lost the pair to another merge since it was found there
-                    words[i] = word.replace(pair, merged)
+            new_pairs, _ = merge_in_words(pair, merged, found_in.pop(pair), words, counts, pair_counts)
             found_in.update(new_pairs)
             for new_pair in new_pairs:
                 if (count := pair_counts[new_pair]) == highest:

@@ -16,11 +16,10 @@ from typing import Any
 from minillm.tokenizers.character_map import CharacterMap
 from minillm.tokenizers.json_file import kind
 from minillm.tokenizers.json_options import read_options, read_parts
-from minillm.tokenizers.metaspace import metaspace_from_json
+from minillm.tokenizers.metaspace import SPACE, metaspace_from_json
 from minillm.tokenizers.sentencepiece_model import BYTE_PIECES, PieceType, SentencePieceModel
 from minillm.tokenizers.text_pattern import pattern_from_json
 
-SPACE = "▁"
 _BYTES = {piece: byte for byte, piece in enumerate(BYTE_PIECES)}
 _ESCAPED = re.compile("[\udc80-\udcff]")
 Step = Callable[[list[str]], list[str]]

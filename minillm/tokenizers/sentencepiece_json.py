@@ -20,11 +20,11 @@ from minillm.tokenizers.added_tokens import AddedToken
 from minillm.tokenizers.character_map import CharacterMap
 from minillm.tokenizers.json_file import kind
 from minillm.tokenizers.json_options import read_options
-from minillm.tokenizers.metaspace import Metaspace
+from minillm.tokenizers.metaspace import SPACE, Metaspace
 from minillm.tokenizers.sentencepiece_bpe import PieceMerger
 from minillm.tokenizers.sentencepiece_decoding import llama_decoder
 from minillm.tokenizers.sentencepiece_model import BYTE_PIECES, PieceType, SentencePieceModel
-from minillm.tokenizers.sentencepiece_normalization import SPACE, SentencePieceNormalizer
+from minillm.tokenizers.sentencepiece_normalization import SentencePieceNormalizer
 from minillm.tokenizers.sentencepiece_segmentation import BPESegmenter, Segmenter, Spelling
 from minillm.tokenizers.sentencepiece_unigram import UnigramSegmenter
 from minillm.tokenizers.unigram_lattice import UNKNOWN_PENALTY

@@ -15,10 +15,9 @@ from typing import Any
 
 from minillm.tokenizers.aligned_text import AlignedText
 from minillm.tokenizers.character_map import CharacterMap
+from minillm.tokenizers.metaspace import SPACE
 from minillm.tokenizers.normalization import Normalizer, NormalizerSequence, Prepend, Replace
 from minillm.tokenizers.text_pattern import Regex
-
-SPACE = "▁"
 
 
 class SentencePieceNormalizer:

@@ -12,10 +12,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from itertools import chain, pairwise
 
+from minillm.tokenizers.metaspace import SPACE
 from minillm.tokenizers.pieces import PieceCache
 from minillm.tokenizers.sentencepiece_bpe import PieceMerger
 
-SPACE = "▁"
 _SPACE_INSIDE = re.compile(f"[^{SPACE}]{SPACE}")
 
 

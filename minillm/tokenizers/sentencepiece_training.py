@@ -8,10 +8,11 @@ import numpy as np
 
 from minillm.tokenizers.arguments import checked_flag, checked_integer
 from minillm.tokenizers.character_map import CharacterMap
+from minillm.tokenizers.metaspace import SPACE
 from minillm.tokenizers.pieces import check_names, check_text
 from minillm.tokenizers.sentencepiece_bpe import learn_pieces
 from minillm.tokenizers.sentencepiece_model import BYTE_PIECES, Piece, PieceType, SentencePieceModel
-from minillm.tokenizers.sentencepiece_normalization import SPACE, SentencePieceNormalizer
+from minillm.tokenizers.sentencepiece_normalization import SentencePieceNormalizer
 from minillm.tokenizers.sentencepiece_words import PieceShape, count_words
 from minillm.tokenizers.tokenizer import MAX_VOCAB_SIZE
 from minillm.tokenizers.unigram_training import train_unigram

@@ -19,9 +19,8 @@ from typing import NamedTuple
 import regex
 
 from minillm.tokenizers.arguments import checked_flag
+from minillm.tokenizers.metaspace import SPACE
 from minillm.tokenizers.unicode_scripts import SCRIPTS
-
-SPACE = "▁"
 
 
 @dataclass(frozen=True)

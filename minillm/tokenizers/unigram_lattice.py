@@ -76,7 +76,6 @@ class Lattice:
             unknown_score = min(scores.values()) - UNKNOWN_PENALTY
         self.unknown_score = float(unknown_score)
         self._longest = max(map(len, scores))
-        self._largest_score = max(abs(self.unknown_score), *map(abs, scores.values()))
 
     def edges(self, text: str) -> list[list[tuple[int, float]]]:
         """For each start in `text`, shortest first: (end, score) of the pieces there, or of the unknown character."""
@@ -148,17 +147,6 @@ class Lattice:
             end = start
         spans.reverse()
         return BestPath(spans, best[n], margin)
-
-    def float32_error(self, n_characters: int, start_score: float) -> float:
-        """A bound on how far rounding moves the difference of two paths' float32 scores, both from `start_score`.
-
-        `sentencepiece` adds scores in float32, from the beginning of the whole text, so that which of two nearly equal
-        segmentations of a word wins depends on the text before it, whose score is `start_score` here. If the margin of
-        the word's path exceeds this bound, it does not. Each of at most n additions rounds by 2^-24 of its result,
-        which is at most |start score| + n * the largest |score|, on both paths.
-        """
-        largest = abs(start_score) + n_characters * self._largest_score
-        return 2.0 * n_characters * 2.0**-24 * largest
 
     def n_best(self, text: str, n: int) -> list[tuple[Spans, float]]:
         """The n most likely segmentations (all, if there are fewer) with their scores, best first.

@@ -26,6 +26,7 @@ import numpy as np
 
 from minillm.tokenizers.arguments import checked_flag, checked_integer
 from minillm.tokenizers.frequent_substrings import frequent_substrings
+from minillm.tokenizers.metaspace import SPACE
 from minillm.tokenizers.unigram_expectation import Floats, WordLattices
 from minillm.tokenizers.unigram_lattice import Lattice
 from minillm.tokenizers.unigram_pruning import prune
@@ -34,8 +35,6 @@ from minillm.tokenizers.unigram_pruning import prune
 LONGEST_WORD = 256
 # A piece is never impossible: one that others have made needless is needed again when they are taken away.
 SMALLEST_COUNT = 1e-100
-
-SPACE = "▁"
 
 
 def train_unigram(

@@ -32,8 +32,9 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from minillm.tokenizers.merges import Pair, merge_in_words, merge_pair
+
 Score = Literal["likelihood", "frequency"]
-Pair = tuple[int, int]
 
 
 def learn_wordpiece_plain(
@@ -87,7 +88,7 @@ def learn_wordpiece_plain(
         if token not in id_of:
             id_of[token] = len(tokens)
             tokens.append(token)
-        words = {word: _merge_pair(ids, best, id_of[token]) for word, ids in words.items()}
+        words = {word: merge_pair(ids, best, id_of[token]) for word, ids in words.items()}
     return tokens
 
 
@@ -129,23 +130,9 @@ def learn_wordpiece(
             tokens.append(token)
         merged = chr(id_of[token])
         changes: dict[str, int] = defaultdict(int)
-        n_merged = 0
-        for i in dict.fromkeys(found_in.pop(pair)):
-            word, count, end = words[i], counts[i], 0
-            while (at := word.find(pair, end)) >= 0:
-                n_merged += count
-                if at > 0:
-                    before = word[at - 1] if at > end else merged
-                    changes[before + left] -= count
-                    changes[before + merged] += count
-                    found_in[before + merged].append(i)
-                end = at + 2
-                if after := word[end : end + 1]:
-                    changes[right + after] -= count
-                    changes[merged + after] += count
-                    found_in[merged + after].append(i)
-            if end > 0:  # else the word has lost the pair to another merge since it was found there
-                words[i] = word.replace(pair, merged)
+        new_pairs, n_merged = merge_in_words(pair, merged, found_in.pop(pair), words, counts, changes)
+        for new_pair, places in new_pairs.items():
+            found_in[new_pair] += places
         changes[pair] -= n_merged
         for character, change in ((left, -n_merged), (right, -n_merged), (merged, n_merged)):
             token_counts[ord(character)] += change
@@ -227,13 +214,3 @@ def _joined(left: str, right: str, prefix: str) -> str:
 def _spell(word: str, id_of: Mapping[str, int], prefix: str) -> list[int]:
     spelled = [(character, prefix + character if at > 0 else character) for at, character in enumerate(word)]
     return [id_of[token] for character, token in spelled if character in id_of and token in id_of]
-
-
-def _merge_pair(ids: Sequence[int], pair: Pair, merged: int) -> list[int]:
-    out: list[int] = []
-    at = 0
-    while at < len(ids):
-        found = tuple(ids[at : at + 2]) == pair
-        out.append(merged if found else ids[at])
-        at += 2 if found else 1
-    return out

@@ -178,13 +178,15 @@ def test_where_the_margin_is_large_sentencepiece_has_the_same_path(vocabulary: d
     vocabulary["x"] = float(np.float32(-0.7))
     lattice = Lattice(vocabulary)
     theirs = sentencepiece_processor(vocabulary).encode("".join("x" + word for word in words), out_type=str)
-    score = 0.0
+    largest, score = max(-lattice.unknown_score, *map(abs, vocabulary.values())), 0.0
     for word in words:
         path = lattice.best_path("x" + word)
         found = []
         while len("".join(found)) < len(word) + 1:
             found.append(theirs.pop(0))
-        if path.margin > lattice.float32_error(len(word) + 1, score):
+        # Each of at most n additions, on both paths, rounds by 2^-24 of its result.
+        n = len(word) + 1
+        if path.margin > 2.0 * n * 2.0**-24 * (abs(score) + n * largest):
             assert fused(vocabulary, "x" + word, path.spans) == found
         score += path.score
     assert not theirs
