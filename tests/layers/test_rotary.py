@@ -1,4 +1,4 @@
-"""Rotary and learned positions against transformers' Llama and GPT-J, complex numbers and torch's Embedding."""
+"""Rotary positions against transformers' Llama and GPT-J and complex numbers."""
 
 import copy
 
@@ -11,7 +11,7 @@ from transformers.models.gptj.modeling_gptj import apply_rotary_pos_emb as gptj_
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as llama_apply
 
-from minillm.layers import LearnedPositions, LinearScaling, Llama3Scaling, RotaryEmbedding
+from minillm.layers import LinearScaling, Llama3Scaling, RotaryEmbedding
 from minillm.layers.positions import rope_scaling_from_dict
 
 SCALINGS = {
@@ -108,22 +108,8 @@ def test_frequencies_stay_exact_through_casts_copies_and_meta_and_out_of_the_sta
         (lambda: LinearScaling(2.0, kind="llama3"), ValueError, "kind of a LinearScaling"),
         (lambda: RotaryEmbedding(8)(torch.zeros(2, 3, 4, 6), torch.arange(4)), ValueError, "head_dim=8"),
         (lambda: RotaryEmbedding(8)(torch.zeros(2, 3, 4, 8), torch.arange(3)), ValueError, r"positions must be \(seq,"),
-        (lambda: LearnedPositions(0, 4), ValueError, "at least 1"),
-        (lambda: LearnedPositions(8, 4)(torch.tensor([3, 8])), ValueError, r"positions must be in \[0, 8\) .* 3 to 8"),
-        (lambda: LearnedPositions(8, 4).span(5, 4), ValueError, "positions 5 to 8 asked for, of 8"),
     ],
 )
 def test_bad_input_is_refused_by_name(make, error, message):
     with pytest.raises(error, match=message):
         make()
-
-
-def test_learned_positions_are_an_embedding_of_the_place():
-    layer = LearnedPositions(10, 4)
-    twin = torch.nn.Embedding(10, 4, _weight=layer.weight.detach().clone())
-    positions = torch.tensor([[0, 3], [9, 3]])
-    torch.testing.assert_close(layer(positions), twin(positions))
-    torch.testing.assert_close(layer.span(2, 5), twin(torch.arange(2, 7)))
-    layer.span(2, 5).square().sum().backward()
-    twin(torch.arange(2, 7)).square().sum().backward()
-    torch.testing.assert_close(layer.weight.grad, twin.weight.grad)
