@@ -8,14 +8,20 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def causal_mask(query_length: int, key_length: int, *, device: torch.device | None = None) -> Tensor:
+def causal_mask(
+    query_length: int, key_length: int, *, window: int | None = None, device: torch.device | None = None
+) -> Tensor:
     """Boolean (query_length, key_length), True where a query may look: at no key behind its own place.
 
     The last query stands at the last key (as when earlier keys come from a cache), so query ``i`` sees keys
-    ``j <= i + key_length - query_length``.
+    ``j <= i + key_length - query_length``. With ``window`` it sees the last ``window`` of those, its own place included
+    (sliding-window attention: Beltagy et al. 2020; Jiang et al. 2023, "Mistral 7B").
     """
-    allowed = torch.ones(query_length, key_length, dtype=torch.bool, device=device)
-    return allowed.tril(key_length - query_length)
+    if window is not None and window < 1:
+        raise ValueError(f"window must be at least 1 (a token sees itself), got {window}")
+    offset = key_length - query_length
+    allowed = torch.ones(query_length, key_length, dtype=torch.bool, device=device).tril(offset)
+    return allowed if window is None else allowed.triu(offset - window + 1)
 
 
 @overload

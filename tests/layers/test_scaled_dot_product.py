@@ -173,3 +173,17 @@ def test_rows_that_may_see_nothing_give_zeros_on_a_gpu(dtype):
     torch.testing.assert_close(out, expected, atol=2e-2, rtol=2e-2)
     assert not out[:, :, 2].any()
     assert all(g.isfinite().all() for g in torch.autograd.grad(out.float().square().sum(), (query, key, value)))
+
+
+@pytest.mark.parametrize("window", [1, 3, 50])
+@pytest.mark.parametrize(("query_length", "key_length"), [(7, 7), (1, 7), (3, 9)])
+def test_a_window_lets_a_query_see_its_last_keys_only(query_length, key_length, window):
+    mask = causal_mask(query_length, key_length, window=window)
+    for i in range(query_length):
+        place = i + key_length - query_length
+        assert mask[i].tolist() == [place - window < j <= place for j in range(key_length)]
+
+
+def test_a_window_of_no_token_is_refused():
+    with pytest.raises(ValueError, match="window must be at least 1"):
+        causal_mask(3, 3, window=0)
