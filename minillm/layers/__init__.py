@@ -1,8 +1,9 @@
 """Layers: attention, positions, norms, feed-forward, and the cache that generation needs."""
 
 from minillm.layers.attention import MultiHeadAttention
+from minillm.layers.cross_attention import CrossAttention, CrossMemory
 from minillm.layers.feed_forward import FeedForward, SwiGLU
-from minillm.layers.kv_cache import KVCache, LayerKVCache
+from minillm.layers.kv_cache import KVCache, LayerKVCache, RollingLayerKVCache
 from minillm.layers.norms import LayerNorm, RMSNorm
 from minillm.layers.positions import LearnedPositions, LinearScaling, Llama3Scaling, RotaryEmbedding
 from minillm.layers.scaled_dot_product import (
@@ -12,6 +13,8 @@ from minillm.layers.scaled_dot_product import (
 )
 
 __all__ = [
+    "CrossAttention",
+    "CrossMemory",
     "FeedForward",
     "KVCache",
     "LayerKVCache",
@@ -21,6 +24,7 @@ __all__ = [
     "Llama3Scaling",
     "MultiHeadAttention",
     "RMSNorm",
+    "RollingLayerKVCache",
     "RotaryEmbedding",
     "SwiGLU",
     "causal_mask",

@@ -1,5 +1,6 @@
 """Multi-head attention: scaled dot products in several subspaces at once, with shared key heads if wanted."""
 
+from collections.abc import Callable
 from typing import Literal, overload
 
 from torch import Tensor, nn
@@ -8,15 +9,17 @@ from minillm.layers.kv_cache import LayerKVCache
 from minillm.layers.positions import rotate
 from minillm.layers.scaled_dot_product import scaled_dot_product_attention
 
+# Called as scaled_dot_product_attention is: (query, key, value, *, mask, bias, causal, dropout, return_weights).
+Attend = Callable[..., Tensor | tuple[Tensor, Tensor]]
+
 
 class MultiHeadAttention(nn.Module):
     """Attention in ``n_heads`` subspaces at once (Vaswani et al. 2017, section 3.2.2), key heads may be shared.
 
     One matrix ``qkv`` makes queries, keys and values in one product: at small widths three products would cost more
     than they compute. Its output rows are, in this order, the ``n_heads`` query heads, the ``n_kv_heads`` key heads and
-    the
-    ``n_kv_heads`` value heads, each of head_dim rows. Tensor parallelism can therefore cut each of the three parts
-    (``qkv_sizes``) by heads, and cross-attention can apply the parts to different inputs.
+    the ``n_kv_heads`` value heads, each of head_dim rows. Tensor parallelism can therefore cut each of the three parts
+    (``qkv_sizes``) by heads.
 
     Args:
         d_model: width of the residual stream.
@@ -64,6 +67,7 @@ class MultiHeadAttention(nn.Module):
         bias: Tensor | None = ...,
         causal: bool = ...,
         cache: LayerKVCache | None = ...,
+        attend: Attend = ...,
         return_weights: Literal[False] = ...,
     ) -> Tensor: ...
     @overload
@@ -76,6 +80,7 @@ class MultiHeadAttention(nn.Module):
         bias: Tensor | None = ...,
         causal: bool = ...,
         cache: LayerKVCache | None = ...,
+        attend: Attend = ...,
         return_weights: Literal[True],
     ) -> tuple[Tensor, Tensor]: ...
     def forward(
@@ -87,6 +92,7 @@ class MultiHeadAttention(nn.Module):
         bias: Tensor | None = None,
         causal: bool = False,
         cache: LayerKVCache | None = None,
+        attend: Attend = scaled_dot_product_attention,
         return_weights: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Attend from ``x`` (batch, seq, d_model) to itself, and to what ``cache`` holds of the tokens before it.
@@ -96,6 +102,8 @@ class MultiHeadAttention(nn.Module):
                 (batch, seq, head_dim / 2); None turns nothing. They are passed in so that a model computes them once.
             mask, bias, causal: as in :func:`scaled_dot_product_attention`.
             cache: extended by the keys and values of ``x``.
+            attend: what computes attention once the heads are made: :func:`scaled_dot_product_attention` or anything
+                that is called like it, such as a :class:`minillm.layers.ShawPositions`.
             return_weights: give the weights too.
 
         Returns: (batch, seq, d_model), and (batch, n_heads, seq, keys) if asked for.
@@ -114,7 +122,7 @@ class MultiHeadAttention(nn.Module):
             key, value = cache.append(key, value)
             query = query.to(key.dtype)  # under autocast the cache may hold a wider dtype
         dropout = self.dropout if self.training else 0.0
-        attended = scaled_dot_product_attention(
+        attended = attend(
             query, key, value, mask=mask, bias=bias, causal=causal, dropout=dropout, return_weights=return_weights
         )
         heads, weights = attended if isinstance(attended, tuple) else (attended, None)

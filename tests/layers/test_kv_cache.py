@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minillm.layers import KVCache
+from minillm.layers import KVCache, LayerKVCache
+from minillm.layers.kv_cache import rolling_capacity
 
 
 @settings(max_examples=25, deadline=None)
@@ -43,3 +44,48 @@ def test_what_does_not_fit_is_refused_and_leaves_it_as_it_was():
     assert cache.length == 1
     with pytest.raises(ValueError, match="capacity must be at least 1, got 0"):
         KVCache(1, 1, 1, 1, capacity=0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    window=st.integers(1, 20),
+    sizes=st.lists(st.one_of(st.just(1), st.integers(0, 30)), min_size=1, max_size=40),
+)
+def test_a_rolling_cache_gives_the_last_window_of_keys_in_order_of_time(window, sizes):
+    cache = KVCache(1, 2, 1, 3, capacity=10_000, window=window)
+    size_at_first, everything = cache.nbytes, torch.empty(2, 1, 0, 3)
+    for size in sizes:
+        new = torch.randn(2, 1, size, 3)
+        seen = min(everything.size(2), window - 1)
+        everything = torch.cat([everything, new], 2)
+        assert cache.n_keys(size) == seen + size
+        keys, values = cache.layers[0].append(new, -new)
+        assert torch.equal(keys, everything[:, :, everything.size(2) - seen - size :])
+        assert torch.equal(values, -keys)
+        assert cache.length == everything.size(2)
+    assert cache.nbytes == size_at_first == 2 * 2 * rolling_capacity(window) * 3 * 4
+
+
+def test_a_rolling_cache_gives_views_but_for_a_prompt_longer_than_itself():
+    cache = KVCache(1, 1, 1, 2, capacity=100, window=8)
+    layer = cache.layers[0]
+    for size in (1, 3, 1, 4, 1, 1, 1, 1):
+        keys, _ = layer.append(torch.randn(1, 1, size, 2), torch.randn(1, 1, size, 2))
+        assert keys.untyped_storage().data_ptr() == layer.keys.untyped_storage().data_ptr()
+    keys, _ = layer.append(torch.randn(1, 1, 50, 2), torch.randn(1, 1, 50, 2))
+    assert keys.size(2) == 57
+
+
+def test_a_window_that_the_capacity_never_reaches_needs_no_rolling():
+    cache = KVCache(1, 1, 1, 2, capacity=9, window=8)
+    assert type(cache.layers[0]) is LayerKVCache
+    assert cache.layers[0].keys.size(2) == 9
+    with pytest.raises(ValueError, match="window must be at least 1, got 0"):
+        KVCache(1, 1, 1, 2, capacity=9, window=0)
+
+
+def test_what_does_not_fit_a_rolling_cache_is_refused_and_leaves_it_as_it_was():
+    layer = KVCache(1, 1, 2, 4, capacity=100, window=8).layers[0]
+    with pytest.raises(ValueError, match="key and value must have shape"):
+        layer.append(torch.ones(1, 2, 1, 5), torch.ones(1, 2, 1, 5))
+    assert layer.length == 0
