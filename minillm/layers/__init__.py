@@ -5,7 +5,23 @@ from minillm.layers.cross_attention import CrossAttention, CrossMemory
 from minillm.layers.feed_forward import FeedForward, SwiGLU
 from minillm.layers.kv_cache import KVCache, LayerKVCache, RollingLayerKVCache
 from minillm.layers.norms import LayerNorm, RMSNorm
-from minillm.layers.positions import LearnedPositions, LinearScaling, Llama3Scaling, RotaryEmbedding
+from minillm.layers.positions import (
+    AlibiBias,
+    LearnedPositions,
+    LinearScaling,
+    Llama3Scaling,
+    NTKScaling,
+    RelativePositionBias,
+    RotaryEmbedding,
+    ShawPositions,
+    SinusoidalPositions,
+    YarnScaling,
+    alibi_bias,
+    alibi_slopes,
+    sinusoidal_positions,
+    sinusoidal_shift,
+    t5_bucket,
+)
 from minillm.layers.scaled_dot_product import (
     causal_mask,
     plain_scaled_dot_product_attention,
@@ -13,6 +29,7 @@ from minillm.layers.scaled_dot_product import (
 )
 
 __all__ = [
+    "AlibiBias",
     "CrossAttention",
     "CrossMemory",
     "FeedForward",
@@ -23,11 +40,21 @@ __all__ = [
     "LinearScaling",
     "Llama3Scaling",
     "MultiHeadAttention",
+    "NTKScaling",
     "RMSNorm",
+    "RelativePositionBias",
     "RollingLayerKVCache",
     "RotaryEmbedding",
+    "ShawPositions",
+    "SinusoidalPositions",
     "SwiGLU",
+    "YarnScaling",
+    "alibi_bias",
+    "alibi_slopes",
     "causal_mask",
     "plain_scaled_dot_product_attention",
     "scaled_dot_product_attention",
+    "sinusoidal_positions",
+    "sinusoidal_shift",
+    "t5_bucket",
 ]
