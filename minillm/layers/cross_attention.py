@@ -24,7 +24,7 @@ class CrossMemory:
 
 
 class CrossAttention(nn.Module):
-    """Attention from a sequence to another, the memory: a decoder reads an encoder (Vaswani et al. 2017, section 3.2.3).
+    """Attention from a sequence to another, the memory: a decoder reads an encoder (Vaswani et al. 2017, section 3.2).
 
     The keys and values depend on the memory only, so a decoder that writes token by token makes them once::
 
