@@ -7,7 +7,8 @@ a few per cent in a model of some width, and nothing that a machine's matrix-pro
 Attention's two products, ``query key^T`` and ``weights value``, are counted over all seq x seq pairs by default: it is
 what an implementation that masks the scores computes, what ``torch.utils.flop_counter`` counts and what most papers
 report (Narayanan et al. 2021, section 5.1; Chowdhery et al. 2022, appendix B). ``causal=True`` counts the pairs that a
-causal mask lets through, ``seq (seq + 1) / 2``: the least there is to compute, and nearly what flash attention does.
+causal mask lets through, ``seq (seq + 1) / 2``, fewer with a sliding window: the least there is to compute, and nearly
+what flash attention and block-sparse attention do.
 """
 
 from minillm.costs.shape import ModelShape, feed_forward_matrices, qkv_width
@@ -29,8 +30,9 @@ def attention_flops_per_pair(config: ModelShape) -> int:
 def forward_flops(config: ModelShape, batch_size: int, seq: int, *, causal: bool = False) -> int:
     """Operations of one forward pass over (batch_size, seq) tokens, logits at every place; exact."""
     _positive(batch_size=batch_size, seq=seq)
-    pairs = seq * (seq + 1) // 2 if causal else seq * seq
-    return batch_size * (2 * seq * dense_weights(config) + pairs * attention_flops_per_pair(config))
+    pairs = _causal_pairs(config, seq) if causal else seq * seq
+    per_token = 2 * dense_weights(config) + _shaw_flops(config, seq)
+    return batch_size * (seq * per_token + pairs * attention_flops_per_pair(config))
 
 
 def forward_flops_per_token(config: ModelShape, seq: int, *, causal: bool = False) -> float:
@@ -45,7 +47,8 @@ def decode_flops_per_token(config: ModelShape, n_cached: int) -> int:
     """Operations of one generation step for one row: a token that looks at ``n_cached`` others and itself."""
     if n_cached < 0:
         raise ValueError(f"n_cached must be at least 0, got {n_cached}")
-    return 2 * dense_weights(config) + (n_cached + 1) * attention_flops_per_pair(config)
+    keys = n_cached + 1 if config.window is None else min(n_cached + 1, config.window)
+    return 2 * dense_weights(config) + _shaw_flops(config, keys) + keys * attention_flops_per_pair(config)
 
 
 def training_flops(config: ModelShape, n_tokens: int, *, seq: int | None = None, causal: bool = False) -> float:
@@ -59,6 +62,19 @@ def training_flops(config: ModelShape, n_tokens: int, *, seq: int | None = None,
     _positive(n_tokens=n_tokens)
     seq = config.context_length if seq is None else seq
     return 3 * n_tokens * forward_flops_per_token(config, seq, causal=causal)
+
+
+def _shaw_flops(config: ModelShape, keys: int) -> int:
+    """A query's products with the two tables of Shaw's relative positions, of the rows for ``keys`` distances."""
+    if config.positions != "shaw":
+        return 0
+    return attention_flops_per_pair(config) * min(config.relative_distance + 1, keys)
+
+
+def _causal_pairs(config: ModelShape, seq: int) -> int:
+    """Pairs of a query and a key that it may see: ``1 + 2 + ...``, each at most the window."""
+    growing = seq if config.window is None else min(seq, config.window)
+    return growing * (growing + 1) // 2 + (seq - growing) * growing
 
 
 def _positive(**values: int) -> None:

@@ -6,8 +6,10 @@ from minillm.costs.shape import ModelShape, feed_forward_matrices, qkv_width
 def parameters_by_part(config: ModelShape) -> dict[str, int]:
     """Parameters of each part of the whole model; the parts are disjoint and add up to :func:`parameters`.
 
-    Keys: token_embedding, position_embedding (0 for RoPE), attention, feed_forward, norms, lm_head (0 if tied: the
-    matrix is counted once, as the token embedding).
+    Keys: token_embedding, position_embedding, attention, feed_forward, norms, lm_head (0 if tied: the matrix is counted
+    once, as the token embedding). What positions need: ``context_length * d_model`` learned vectors, T5's one table of
+    ``relative_buckets * n_heads``, Shaw's two of ``relative_distance + 1`` vectors of head_dim a layer (the past only),
+    nothing for the others.
     """
     d_model, layers = config.d_model, config.n_layers
     heads_width = config.n_heads * config.head_dim
@@ -18,9 +20,14 @@ def parameters_by_part(config: ModelShape) -> dict[str, int]:
         feed_forward += (feed_forward_matrices(config) - 1) * config.d_ff + d_model
     norm = d_model * (2 if config.norm == "layernorm" and config.bias else 1)
     embedding = config.vocab_size * d_model
+    positions = {
+        "learned": config.context_length * d_model,
+        "t5": config.relative_buckets * config.n_heads,
+        "shaw": layers * 2 * (config.relative_distance + 1) * config.head_dim,
+    }
     return {
         "token_embedding": embedding,
-        "position_embedding": config.context_length * d_model if config.positions == "learned" else 0,
+        "position_embedding": positions.get(config.positions, 0),
         "attention": layers * attention,
         "feed_forward": layers * feed_forward,
         "norms": (2 * layers + 1) * norm,

@@ -4,14 +4,17 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from minillm.layers.positions import LinearScaling, Llama3Scaling, RopeScaling, rope_scaling_from_dict
+from minillm.layers.positions import RopeScaling, rope_scaling_from_dict
 
 _CHOICES = {
     "norm": ("layernorm", "rmsnorm"),
-    "positions": ("learned", "rope"),
+    "positions": ("learned", "sinusoidal", "shaw", "t5", "rope", "alibi", "none"),
     "activation": ("gelu", "gelu_tanh", "swiglu"),
 }
-_SIZES = ("vocab_size", "context_length", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff")
+_SIZES = (
+    "vocab_size", "context_length", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff",
+    "relative_buckets", "relative_distance", "window",
+)  # fmt: skip
 _SWITCHES = ("bias", "tied_embeddings")
 
 
@@ -33,8 +36,13 @@ class TransformerConfig:
         context_length: most tokens the model takes at once.
         d_model: width of the residual stream.
         norm, norm_eps: "layernorm" or "rmsnorm", and the number added to the variance or mean square.
-        positions: "learned" vectors added to the embedding, or "rope".
+        positions: how a token knows its place (chapter 04): "learned" or "sinusoidal" vectors added to the embedding
+            (which sinusoidal ones multiply by ``sqrt(d_model)`` first, as Vaswani et al. 2017 do), "rope" turns queries
+            and keys, "alibi" and "t5" add a bias to the scores, "shaw" adds vectors to keys and values, "none".
         rope_base, rope_scaling: for "rope"; see :class:`minillm.layers.RotaryEmbedding`.
+        relative_distance: for "shaw" the farthest distance told apart, for "t5" where the last bucket begins.
+        relative_buckets: for "t5", the number of distances told apart.
+        window: tokens that a token sees, itself included (sliding-window attention); None is all before it.
         activation: "gelu", "gelu_tanh" (GPT-2's approximation) or "swiglu".
         bias: whether linear maps and LayerNorm have one (RMSNorm and the output head never do).
         tied_embeddings: the output head is the token embedding.
@@ -52,7 +60,7 @@ class TransformerConfig:
     d_ff: int = None  # type: ignore[assignment]
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     norm_eps: float = 1e-5
-    positions: Literal["learned", "rope"] = "learned"
+    positions: Literal["learned", "sinusoidal", "shaw", "t5", "rope", "alibi", "none"] = "learned"
     rope_base: float = 10000.0
     activation: Literal["gelu", "gelu_tanh", "swiglu"] = "gelu"
     bias: bool = True
@@ -60,6 +68,9 @@ class TransformerConfig:
     dropout: float = 0.0
     initializer_std: float = 0.02
     rope_scaling: RopeScaling | None = None
+    relative_distance: int = 128
+    relative_buckets: int = 32
+    window: int | None = None
 
     def __post_init__(self) -> None:
         for name, allowed in _CHOICES.items():
@@ -73,6 +84,8 @@ class TransformerConfig:
             if value is None and name in _DERIVED:
                 value = _DERIVED[name](self)
                 object.__setattr__(self, name, value)
+            if value is None and name == "window":
+                continue
             if not isinstance(value, int) or isinstance(value, bool):
                 raise TypeError(f"{name} must be an integer, got {value!r}")
             if value < 1:
@@ -81,6 +94,13 @@ class TransformerConfig:
             raise ValueError(f"n_kv_heads must divide n_heads={self.n_heads}, got {self.n_kv_heads}")
         if self.positions == "rope" and self.head_dim % 2:
             raise ValueError(f"head_dim must be even for positions='rope', got {self.head_dim}")
+        if self.positions == "sinusoidal" and self.d_model % 2:
+            raise ValueError(f"d_model must be even for positions='sinusoidal', got {self.d_model}")
+        if self.positions == "t5" and not 2 <= self.relative_buckets < 2 * self.relative_distance:
+            raise ValueError(
+                "relative_buckets must be at least 2 and half of them below relative_distance for positions='t5', "
+                f"got {self.relative_buckets} and {self.relative_distance}"
+            )
         for name, low, high in (
             ("norm_eps", 0.0, 1.0), ("rope_base", 0.0, float("inf")), ("initializer_std", 0.0, float("inf")),
         ):  # fmt: skip
@@ -89,8 +109,8 @@ class TransformerConfig:
         if not 0.0 <= _number(self, "dropout") < 1.0:
             raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout}")
         if self.rope_scaling is not None:
-            if not isinstance(self.rope_scaling, LinearScaling | Llama3Scaling):
-                raise TypeError(f"rope_scaling must be None, LinearScaling or Llama3Scaling, got {self.rope_scaling!r}")
+            if not isinstance(self.rope_scaling, RopeScaling):
+                raise TypeError(f"rope_scaling must be None or a RoPE scaling, got {self.rope_scaling!r}")
             if self.positions != "rope":
                 raise ValueError(f"rope_scaling must be None unless positions='rope', got {self.rope_scaling!r}")
 

@@ -1,78 +1,36 @@
 """The decoder-only transformer (GPT, Llama): embedding, a stack of pre-norm blocks, a final norm, an output head."""
 
 import math
-from typing import Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from minillm.layers.attention import MultiHeadAttention
-from minillm.layers.feed_forward import FeedForward, SwiGLU
-from minillm.layers.kv_cache import KVCache, LayerKVCache
-from minillm.layers.norms import LayerNorm, RMSNorm
-from minillm.layers.positions import LearnedPositions, RotaryEmbedding
+from minillm.layers.kv_cache import KVCache
+from minillm.layers.positions import (
+    AlibiBias,
+    LearnedPositions,
+    RelativePositionBias,
+    RotaryEmbedding,
+    SinusoidalPositions,
+)
 from minillm.layers.scaled_dot_product import causal_mask
+from minillm.models.block import TransformerBlock, norm
 from minillm.models.config import TransformerConfig
 from minillm.models.modes import evaluation_mode
-
-
-def _norm(config: TransformerConfig) -> nn.Module:
-    if config.norm == "rmsnorm":
-        return RMSNorm(config.d_model, eps=config.norm_eps)
-    return LayerNorm(config.d_model, eps=config.norm_eps, bias=config.bias)
-
-
-def _feed_forward(config: TransformerConfig) -> nn.Module:
-    if config.activation == "swiglu":
-        return SwiGLU(config.d_model, config.d_ff, bias=config.bias)
-    approximate: Literal["none", "tanh"] = "tanh" if config.activation == "gelu_tanh" else "none"
-    return FeedForward(config.d_model, config.d_ff, approximate=approximate, bias=config.bias)
-
-
-class TransformerBlock(nn.Module):
-    """``x + attention(norm(x))``, then ``x + feed_forward(norm(x))``: pre-norm (Xiong et al. 2020; GPT-2)."""
-
-    def __init__(self, config: TransformerConfig) -> None:
-        super().__init__()
-        self.attention_norm = _norm(config)
-        self.attention = MultiHeadAttention(
-            config.d_model,
-            config.n_heads,
-            n_kv_heads=config.n_kv_heads,
-            head_dim=config.head_dim,
-            bias=config.bias,
-            dropout=config.dropout,
-        )
-        self.feed_forward_norm = _norm(config)
-        self.feed_forward = _feed_forward(config)
-        self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
-
-    def forward(
-        self,
-        x: Tensor,
-        *,
-        rotation: tuple[Tensor, Tensor] | None = None,
-        mask: Tensor | None = None,
-        causal: bool = True,
-        cache: LayerKVCache | None = None,
-    ) -> Tensor:
-        attended = self.attention(self.attention_norm(x), rotation=rotation, mask=mask, causal=causal, cache=cache)
-        x = x + self.dropout(attended)
-        out: Tensor = x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
-        return out
 
 
 class Transformer(nn.Module):
     """A decoder-only language model (Radford et al. 2019 for the GPT-2 switches, Touvron et al. 2023 for Llama's).
 
     Initial weights are drawn from N(0, initializer_std), the maps that write to the residual stream from that divided
-    by
-    ``sqrt(2 n_layers)`` (Radford et al. 2019, section 2.3), biases are zero, norms one. Draws come from torch's global
-    generator: seed it with ``torch.manual_seed`` first. With tied embeddings there is one matrix,
-    ``token_embedding.weight``, and no ``lm_head``; masks and rotary angles are not part of the state.
+    by ``sqrt(2 n_layers)`` (Radford et al. 2019, section 2.3), biases are zero, norms one. Draws come from torch's
+    global generator: seed it with ``torch.manual_seed`` first. With tied embeddings there is one matrix,
+    ``token_embedding.weight``, and no ``lm_head``; masks, rotary angles and fixed biases are not part of the state.
 
     Parameter names: ``token_embedding.weight``, ``position_embedding.weight`` (learned positions),
+    ``position_bias.weight`` (T5's), ``blocks.{i}.relative.keys`` and ``.values`` (Shaw's),
     ``blocks.{i}.attention_norm``, ``blocks.{i}.attention.qkv``, ``blocks.{i}.attention.output``,
     ``blocks.{i}.feed_forward_norm``, ``blocks.{i}.feed_forward.up``, ``.down`` and ``.gate`` (SwiGLU), ``final_norm``,
     ``lm_head.weight`` (untied).
@@ -82,15 +40,27 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.token_embedding = nn.Embedding(config.vocab_size, config.d_model)
-        self.position_embedding: LearnedPositions | None = None
+        self.position_embedding: LearnedPositions | SinusoidalPositions | None = None
         self.rotary: RotaryEmbedding | None = None
+        self.position_bias: AlibiBias | RelativePositionBias | None = None
         if config.positions == "learned":
             self.position_embedding = LearnedPositions(config.context_length, config.d_model)
-        else:
+        elif config.positions == "sinusoidal":
+            self.position_embedding = SinusoidalPositions(config.d_model)
+        elif config.positions == "alibi":
+            self.position_bias = AlibiBias(config.n_heads)
+        elif config.positions == "t5":
+            self.position_bias = RelativePositionBias(
+                config.n_heads,
+                n_buckets=config.relative_buckets,
+                max_distance=config.relative_distance,
+                bidirectional=False,
+            )
+        elif config.positions == "rope":
             self.rotary = RotaryEmbedding(config.head_dim, base=config.rope_base, scaling=config.rope_scaling)
         self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         self.blocks = nn.ModuleList(TransformerBlock(config) for _ in range(config.n_layers))
-        self.final_norm = _norm(config)
+        self.final_norm = norm(config)
         self.lm_head = None if config.tied_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
         self._initialize()
 
@@ -119,12 +89,12 @@ class Transformer(nn.Module):
 
         Args:
             tokens: int64 (batch, seq), each in [0, vocab_size). Together with what the cache holds at most
-            context_length.
+                context_length.
             cache: keys and values of the tokens before these; extended by these. See :meth:`new_cache`.
             positions: int64 (seq,) or (batch, seq), for padded or packed rows; None counts on from the cache's length.
+                Schemes of distance (alibi, t5, shaw) and the window count columns: the same in a row without gaps.
             mask: boolean, True where a token may look, beside causality; broadcasts to (batch, n_heads, seq, keys)
-            where
-                keys counts the cached tokens too.
+                where keys counts all tokens before these too, those that a rolling cache has forgotten among them.
             last_only: score the last place only, (batch, 1, vocab_size): what generation needs.
 
         Returns: logits (batch, seq, vocab_size).
@@ -133,10 +103,9 @@ class Transformer(nn.Module):
         out of range trips the device-side assertion instead: reading it here would make every step wait for the
         device.)
         """
-        x, rotation, mask, causal = self._embed(tokens, cache, positions, mask)
+        x, sight = self._embed(tokens, cache, positions, mask)
         for index, block in enumerate(self.blocks):
-            layer_cache = None if cache is None else cache.layers[index]
-            x = block(x, rotation=rotation, mask=mask, causal=causal, cache=layer_cache)
+            x = block(x, **sight, cache=None if cache is None else cache.layers[index])
         if last_only:
             x = x[:, -1:]
         x = self.final_norm(x)
@@ -144,8 +113,8 @@ class Transformer(nn.Module):
 
     def _embed(
         self, tokens: Tensor, cache: KVCache | None, positions: Tensor | None, mask: Tensor | None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None, Tensor | None, bool]:
-        """Check the input; give the first block's input, rotary angles, mask, and whether causality is still to do."""
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Check the input; give the first block's input, and how tokens see each other: arguments for every block."""
         if not isinstance(tokens, Tensor) or tokens.dtype is not torch.int64:
             got = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
             raise TypeError(f"tokens must be an int64 tensor, got {got}")
@@ -168,6 +137,8 @@ class Transformer(nn.Module):
             raise ValueError(
                 f"tokens must be in [0, {self.config.vocab_size}) (vocab_size), got values from {low} to {high}"
             ) from None
+        if isinstance(self.position_embedding, SinusoidalPositions):
+            x = x * math.sqrt(self.config.d_model)
         rotation = None
         if self.position_embedding is not None:
             x = x + (
@@ -177,15 +148,34 @@ class Transformer(nn.Module):
             if positions is None:
                 positions = torch.arange(start, start + seq, device=tokens.device)
             rotation = self.rotary.cos_sin(positions)
+        keys = seq if cache is None else cache.n_keys(seq)
+        if mask is not None and mask.dim() and mask.size(-1) == start + seq:
+            mask = mask[..., -keys:]  # what a rolling cache has forgotten need not be masked
+        mask, bias, causal = self._visible(seq, keys, mask, tokens.device)
+        return self.dropout(x), {"rotation": rotation, "mask": mask, "bias": bias, "causal": causal}
+
+    def _visible(
+        self, seq: int, keys: int, mask: Tensor | None, device: torch.device
+    ) -> tuple[Tensor | None, Tensor | None, bool]:
+        """Mask and bias of ``seq`` queries at the end of ``keys`` keys, and whether causality is still to do.
+
+        Put together once here rather than in every layer.
+        """
+        window = self.config.window
+        if window is not None and keys <= window:
+            window = None
         causal = True
         if seq == 1:  # a branch, not `causal = seq > 1`: the compiler may keep that symbolic, and kernels refuse it
             causal = False
-        if causal and (mask is not None or start):
-            # Put together once here rather than in every layer.
-            triangle = causal_mask(seq, start + seq, device=tokens.device)
-            mask = triangle if mask is None else triangle & mask
+        bias = None if self.position_bias is None else self.position_bias(seq, keys)
+        if window is not None or (causal and (mask is not None or bias is not None or seq < keys)):
+            triangle = causal_mask(seq, keys, window=window, device=device)
+            if bias is not None:
+                bias = bias.masked_fill(~triangle, -math.inf)
+            else:
+                mask = triangle if mask is None else triangle & mask
             causal = False
-        return self.dropout(x), rotation, mask, causal
+        return mask, bias, causal
 
     def new_cache(self, batch_size: int, capacity: int | None = None) -> KVCache:
         """An empty cache for this model, in its dtype and on its device; ``capacity`` None is context_length."""
@@ -197,6 +187,7 @@ class Transformer(nn.Module):
             config.n_kv_heads,
             config.head_dim,
             capacity,
+            window=config.window,
             dtype=weight.dtype,
             device=weight.device,
         )
@@ -206,12 +197,10 @@ class Transformer(nn.Module):
         """Who looks at whom: for each layer (batch, n_heads, seq, seq), rows sum to 1; computed in evaluation mode."""
         weights = []
         with evaluation_mode(self):
-            x, rotation, mask, causal = self._embed(tokens, None, None, None)
+            x, sight = self._embed(tokens, None, None, None)
             for module in self.blocks:
                 block = cast(TransformerBlock, module)
                 normed = block.attention_norm(x)
-                weights.append(
-                    block.attention(normed, rotation=rotation, mask=mask, causal=causal, return_weights=True)[1]
-                )
-                x = block(x, rotation=rotation, mask=mask, causal=causal)
+                weights.append(block.attention(normed, **sight, attend=block.attend, return_weights=True)[1])
+                x = block(x, **sight)
         return weights

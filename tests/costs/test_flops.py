@@ -26,7 +26,10 @@ configs = st.builds(
     d_model=st.sampled_from([8, 16]),
     n_layers=st.integers(1, 3),
     head_dim=st.sampled_from([None, 6]),
-    positions=st.sampled_from(["learned", "rope"]),
+    positions=st.sampled_from(["learned", "rope", "shaw", "t5", "alibi"]),
+    relative_distance=st.just(6),
+    relative_buckets=st.just(4),
+    window=st.sampled_from([None, 1, 5]),
     activation=st.sampled_from(["gelu", "swiglu"]),
     bias=st.booleans(),
     tied_embeddings=st.booleans(),
@@ -66,9 +69,9 @@ def test_a_decode_step_equals_the_products_that_ran(config, cached):
     assert counted == 2 * decode_flops_per_token(config, cached)
 
 
-@given(seq=st.integers(1, 100))
-def test_causal_counts_what_decoding_token_by_token_costs(seq):
-    config = presets.get("tiny")
+@given(seq=st.integers(1, 100), window=st.sampled_from([None, 1, 7, 100]))
+def test_causal_counts_what_decoding_token_by_token_costs(seq, window):
+    config = presets.get("tiny").replace(window=window)
     assert forward_flops(config, 1, seq, causal=True) == sum(decode_flops_per_token(config, n) for n in range(seq))
 
 

@@ -23,7 +23,9 @@ configs = st.builds(
     head_dim=st.sampled_from([None, 6]),
     d_ff=st.sampled_from([None, 7]),
     norm=st.sampled_from(["layernorm", "rmsnorm"]),
-    positions=st.sampled_from(["learned", "rope"]),
+    positions=st.sampled_from(["learned", "rope", "shaw", "t5", "alibi"]),
+    relative_distance=st.integers(4, 9),
+    relative_buckets=st.just(6),
     activation=st.sampled_from(["gelu", "gelu_tanh", "swiglu"]),
     bias=st.booleans(),
     tied_embeddings=st.booleans(),
@@ -38,6 +40,7 @@ def test_equals_the_model_in_all_and_in_each_part(config):
     counted = dict.fromkeys(parameters_by_part(config), 0)
     for name, parameter in model.named_parameters():
         part = next((part for part in counted if name.startswith(part)), None)
+        part = "position_embedding" if "relative." in name or name == "position_bias.weight" else part
         part = part or next(p for p in ("norms", "attention", "feed_forward") if p.removesuffix("s") in name)
         counted[part] += parameter.numel()
     assert parameters_by_part(config) == counted

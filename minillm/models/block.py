@@ -1,0 +1,77 @@
+"""A transformer block: attention and feed-forward, each behind a norm, each added to what came in."""
+
+from typing import Literal
+
+from torch import Tensor, nn
+
+from minillm.layers.attention import Attend, MultiHeadAttention
+from minillm.layers.feed_forward import FeedForward, SwiGLU
+from minillm.layers.kv_cache import LayerKVCache
+from minillm.layers.norms import LayerNorm, RMSNorm
+from minillm.layers.positions import ShawPositions
+from minillm.layers.scaled_dot_product import scaled_dot_product_attention
+from minillm.models.config import TransformerConfig
+
+
+def norm(config: TransformerConfig) -> nn.Module:
+    """The norm that the config asks for."""
+    if config.norm == "rmsnorm":
+        return RMSNorm(config.d_model, eps=config.norm_eps)
+    return LayerNorm(config.d_model, eps=config.norm_eps, bias=config.bias)
+
+
+def _feed_forward(config: TransformerConfig) -> nn.Module:
+    if config.activation == "swiglu":
+        return SwiGLU(config.d_model, config.d_ff, bias=config.bias)
+    approximate: Literal["none", "tanh"] = "tanh" if config.activation == "gelu_tanh" else "none"
+    return FeedForward(config.d_model, config.d_ff, approximate=approximate, bias=config.bias)
+
+
+class TransformerBlock(nn.Module):
+    """``x + attention(norm(x))``, then ``x + feed_forward(norm(x))``: pre-norm (Xiong et al. 2020; GPT-2)."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.attention_norm = norm(config)
+        self.attention = MultiHeadAttention(
+            config.d_model,
+            config.n_heads,
+            n_kv_heads=config.n_kv_heads,
+            head_dim=config.head_dim,
+            bias=config.bias,
+            dropout=config.dropout,
+        )
+        self.relative: ShawPositions | None = None
+        if config.positions == "shaw":
+            self.relative = ShawPositions(config.head_dim, config.relative_distance, bidirectional=False)
+        self.feed_forward_norm = norm(config)
+        self.feed_forward = _feed_forward(config)
+        self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        rotation: tuple[Tensor, Tensor] | None = None,
+        mask: Tensor | None = None,
+        bias: Tensor | None = None,
+        causal: bool = True,
+        cache: LayerKVCache | None = None,
+    ) -> Tensor:
+        attended = self.attention(
+            self.attention_norm(x),
+            rotation=rotation,
+            mask=mask,
+            bias=bias,
+            causal=causal,
+            cache=cache,
+            attend=self.attend,
+        )
+        x = x + self.dropout(attended)
+        out: Tensor = x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+        return out
+
+    @property
+    def attend(self) -> Attend:
+        """What computes this block's attention."""
+        return scaled_dot_product_attention if self.relative is None else self.relative
