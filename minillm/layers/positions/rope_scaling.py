@@ -218,7 +218,7 @@ def _number(scaling: RopeScaling, name: str) -> float:
 
 def _check_factor(scaling: RopeScaling) -> None:
     if not 1 <= _number(scaling, "factor") < math.inf:
-        raise ValueError(f"factor must be at least 1, got {scaling.factor}")
+        raise ValueError(f"factor must be at least 1 and finite, got {scaling.factor}")
 
 
 def _check_original_context_length(scaling: YarnScaling | Llama3Scaling) -> None:
