@@ -44,7 +44,7 @@ def alibi_bias(
             (BLOOM's form ``slope * j`` gives the same softmax, as it differs by a constant in each row, but in
             bfloat16 it cannot tell neighbours apart at the end of a long text.)
     """
-    return _bias(alibi_slopes(n_heads).to(device), query_length, key_length, offset, symmetric).to(dtype)
+    return _bias(alibi_slopes(n_heads).to(device), query_length, key_length, offset, symmetric, dtype)
 
 
 class AlibiBias(nn.Module):
@@ -72,14 +72,16 @@ class AlibiBias(nn.Module):
 
     def forward(self, query_length: int, key_length: int, *, offset: int | None = None) -> Tensor:
         """The bias, (n_heads, query_length, key_length) float32; places as in :func:`alibi_bias`."""
-        return _bias(self.slopes, query_length, key_length, offset, self.symmetric)
+        return _bias(self.slopes, query_length, key_length, offset, self.symmetric, torch.float32)
 
     def extra_repr(self) -> str:
         return f"n_heads={self.n_heads}, symmetric={self.symmetric}"
 
 
-def _bias(slopes: Tensor, query_length: int, key_length: int, offset: int | None, symmetric: bool) -> Tensor:
+def _bias(
+    slopes: Tensor, query_length: int, key_length: int, offset: int | None, symmetric: bool, dtype: torch.dtype
+) -> Tensor:
     low, high = relative_range(query_length, key_length, offset)
     relative = torch.arange(low, high + 1, dtype=torch.float32, device=slopes.device)
     distance = relative.abs() if symmetric else -relative.clamp(max=0)
-    return spread_diagonals(slopes[:, None] * -distance, query_length, key_length)
+    return spread_diagonals((slopes[:, None] * -distance).to(dtype), query_length, key_length)

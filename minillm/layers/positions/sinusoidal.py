@@ -59,16 +59,19 @@ class SinusoidalPositions(nn.Module):
         super().__init__()
         _check(d_model, base)
         self.d_model, self.base = d_model, float(base)
-        self.register_buffer("table", self._rows(0, torch.empty(0)), persistent=False)
+        self.register_buffer("table", torch.empty(0, d_model), persistent=False)
 
-    def _rows(self, length: int, like: Tensor) -> Tensor:
+    def _rows(self, start: int, length: int) -> Tensor:
+        like = self.table
         with torch.inference_mode(False):  # a table first made while generating must serve in training too
-            return sinusoidal_positions(length, self.d_model, base=self.base, device=like.device, dtype=like.dtype)
+            return sinusoidal_positions(
+                length, self.d_model, start=start, base=self.base, device=like.device, dtype=like.dtype
+            )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SinusoidalPositions":
         # Made anew rather than converted: to(bfloat16) and back would leave bfloat16's numbers, to_empty() rubbish.
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.table = self._rows(self.table.size(0), self.table)
+        self.table = self._rows(0, self.table.size(0))
         return self
 
     def forward(self, positions: Tensor) -> Tensor:
@@ -82,8 +85,10 @@ class SinusoidalPositions(nn.Module):
         if length < 0 or start < 0:
             raise ValueError(f"length and start must be at least 0, got {length} and {start}")
         end, rows = start + length, self.table.size(0)
+        if start > rows:
+            return self._rows(start, length)  # far from all that was asked for: not worth the rows between
         if end > rows:
-            self.table = self._rows(max(end, 2 * rows), self.table)  # doubled, for the steps of a generation
+            self.table = self._rows(0, max(end, 2 * rows))  # doubled, for the steps of a generation
         return self.table[start:end]
 
     def extra_repr(self) -> str:
