@@ -6,11 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from minillm.layers import (
-    KVCache,
-    MultiHeadAttention,
-    RotaryEmbedding,
-)
+from minillm.layers import KVCache, MultiHeadAttention, RotaryEmbedding, scaled_dot_product_attention
 
 
 def _torch_twin(layer: MultiHeadAttention, d_model: int) -> nn.MultiheadAttention:
@@ -70,6 +66,50 @@ def test_a_cache_filled_in_pieces_gives_what_one_pass_gives(kv_heads, chunks):
             pieces.append(layer(x[:, start : start + size], rotation=rotation, causal=True, cache=cache))
             start += size
     torch.testing.assert_close(torch.cat(pieces, 1), whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_other_precisions_stay_near_torchs_layer_in_float64(dtype):
+    exact, x = nn.MultiheadAttention(32, 4, batch_first=True, dtype=torch.float64), torch.randn(2, 11, 32).double()
+    layer = MultiHeadAttention(32, 4)
+    with torch.no_grad():
+        for theirs, ours in (
+            (exact.in_proj_weight, layer.qkv.weight),
+            (exact.in_proj_bias, layer.qkv.bias),
+            (exact.out_proj.weight, layer.output.weight),
+            (exact.out_proj.bias, layer.output.bias),
+        ):
+            theirs.copy_(ours)
+    layer = layer.to(dtype)
+    inputs = [x.to(kind, copy=True).requires_grad_() for kind in (torch.float64, dtype)]
+    mask = nn.Transformer.generate_square_subsequent_mask(11, dtype=torch.float64)
+    expected, out = exact(inputs[0], inputs[0], inputs[0], attn_mask=mask)[0], layer(inputs[1], causal=True)
+    assert out.dtype is dtype
+    tolerance = {torch.float64: 1e-12, torch.bfloat16: 0.03, torch.float16: 0.004}[dtype]
+    torch.testing.assert_close(out.double(), expected, atol=tolerance, rtol=tolerance)
+    upstream = torch.randn_like(expected)
+    expected.backward(upstream)
+    out.backward(upstream.to(dtype))
+    torch.testing.assert_close(inputs[1].grad.double(), inputs[0].grad, atol=2 * tolerance, rtol=tolerance)
+
+
+def test_whatever_is_called_like_attention_can_attend():
+    layer = MultiHeadAttention(16, 4, n_kv_heads=2, dropout=0.3)
+    x, bias = torch.randn(2, 5, 16), torch.randn(4, 5, 5)
+    given = []
+
+    def attend(query, key, value, **how):
+        given.append(((query.shape, key.shape, value.shape), how))
+        return scaled_dot_product_attention(query, key, value, **how)
+
+    layer.eval()
+    assert torch.equal(layer(x, bias=bias, causal=True, attend=attend), layer(x, bias=bias, causal=True))
+    shapes, how = given[0]
+    assert shapes == ((2, 4, 5, 4), (2, 2, 5, 4), (2, 2, 5, 4))
+    assert how == {"mask": None, "bias": bias, "causal": True, "dropout": 0.0, "return_weights": False}
+    layer.train()
+    layer(x, attend=attend)
+    assert given[1][1]["dropout"] == 0.3
 
 
 def test_layer_drops_attention_weights_in_training_only():

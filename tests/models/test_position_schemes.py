@@ -94,6 +94,23 @@ def test_float64_float32_and_bfloat16_agree_as_far_as_they_can(positions):
     assert (half.float() - single).abs().mean() < 0.02 * single.abs().mean()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("positions", SCHEMES)
+def test_gradients_in_half_precision_point_where_float32s_do(positions, dtype):
+    model = _model(positions, initializer_std=0.05, window=12)
+    tokens = torch.randint(0, 29, (2, 40))
+
+    def gradient(**autocast: object) -> torch.Tensor:
+        model.zero_grad()
+        with torch.autocast("cpu", **autocast):
+            logits = model(tokens)
+        F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten()).backward()
+        return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+
+    exact = gradient(enabled=False)
+    assert F.cosine_similarity(gradient(dtype=dtype), exact, dim=0) > 0.999
+
+
 @pytest.mark.parametrize("positions", SCHEMES)
 def test_attention_weights_show_the_window(positions):
     model = _model(positions, window=4)
