@@ -1,6 +1,7 @@
 """Layers: attention, positions, norms, feed-forward, and the cache that generation needs."""
 
 from minillm.layers.attention import MultiHeadAttention
+from minillm.layers.block_layout import BlockLayout
 from minillm.layers.cross_attention import CrossAttention, CrossMemory
 from minillm.layers.feed_forward import FeedForward, SwiGLU
 from minillm.layers.kv_cache import KVCache, LayerKVCache, RollingLayerKVCache
@@ -27,9 +28,12 @@ from minillm.layers.scaled_dot_product import (
     plain_scaled_dot_product_attention,
     scaled_dot_product_attention,
 )
+from minillm.layers.sparse_algebra import Pattern
+from minillm.layers.sparse_attention import block_sparse_attention
 
 __all__ = [
     "AlibiBias",
+    "BlockLayout",
     "CrossAttention",
     "CrossMemory",
     "FeedForward",
@@ -41,6 +45,7 @@ __all__ = [
     "Llama3Scaling",
     "MultiHeadAttention",
     "NTKScaling",
+    "Pattern",
     "RMSNorm",
     "RelativePositionBias",
     "RollingLayerKVCache",
@@ -51,6 +56,7 @@ __all__ = [
     "YarnScaling",
     "alibi_bias",
     "alibi_slopes",
+    "block_sparse_attention",
     "causal_mask",
     "plain_scaled_dot_product_attention",
     "scaled_dot_product_attention",

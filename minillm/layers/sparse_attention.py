@@ -1,0 +1,246 @@
+"""Block-sparse attention: only the live tiles of a pattern are computed, forward and backward.
+
+The queries are taken a block at a time. The keys that any of them may see are a few ranges of the text, so the block's
+scores are one matrix product with those ranges laid side by side, and a softmax over them is the whole softmax: nothing
+has to be merged afterwards. For the backward pass the output and one logarithm a query are kept, and the scores are
+computed again block by block (Dao et al. 2022, "FlashAttention", section 3.1): memory grows with the length, not with
+its square.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from minillm.layers.block_layout import BlockLayout, LiveRow
+from minillm.layers.scaled_dot_product import _check, plain_scaled_dot_product_attention
+from minillm.layers.sparse_algebra import Pattern
+from minillm.layers.sparse_patterns import causal as causal_pattern
+
+
+def block_sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pattern: Pattern,
+    *,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    return_weights: bool = False,
+    block_size: int = 64,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """:func:`scaled_dot_product_attention` with ``mask=pattern.dense(...)``, without the work on the dead tiles.
+
+    ``partial(block_sparse_attention, pattern=...)`` is an ``attend`` for :class:`MultiHeadAttention`.
+
+    Args:
+        query, key, value, mask, bias, causal, scale, dropout: as in :func:`scaled_dot_product_attention`; ``mask`` and
+            ``causal`` add to the pattern. A bias that is learned gets its gradient.
+        pattern: which query may look at which key.
+        return_weights: give the weights too. They are a dense matrix, so the dense reference computes them.
+        block_size: side of a tile in tokens. Small ones follow the pattern closer, large ones compute faster.
+
+    Memory beyond the inputs' and gradients' size: the scores of one block of queries. Differentiable once. Returns and
+    raises what :func:`scaled_dot_product_attention` does.
+    """
+    _check(query, key, value, mask, bias, dropout)
+    if not isinstance(pattern, Pattern):
+        raise TypeError(f"pattern must be a Pattern (a boolean matrix goes in as mask), got {type(pattern).__name__}")
+    query_length, key_length = query.size(2), key.size(2)
+    if return_weights:
+        allowed = pattern.dense(query_length, key_length, device=query.device)
+        return plain_scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            mask=allowed if mask is None else allowed & mask,
+            bias=bias,
+            causal=causal,
+            scale=scale,
+            dropout=dropout,
+            return_weights=True,
+        )
+    layout = (pattern & causal_pattern() if causal else pattern).blocks(query_length, key_length, block_size)
+    scale = 1 / math.sqrt(query.size(3)) if scale is None else scale
+    # The backward pass must drop the same weights again: it is enough to keep where the random numbers began.
+    seed = int(torch.randint(2**62, ())) if dropout else 0
+    arguments = (query, key, value, bias, mask, layout, scale, dropout, seed)
+    output: Tensor = _BlockSparse.apply(*arguments)  # type: ignore[no-untyped-call]
+    return output
+
+
+class _BlockSparse(torch.autograd.Function):
+    """The walk over the rows of tiles. Shapes: n is batch * n_kv_heads, g the query heads that share a key head."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bias: Tensor | None,
+        mask: Tensor | None,
+        layout: BlockLayout,
+        scale: float,
+        dropout: float,
+        seed: int,
+    ) -> Tensor:
+        walk = _Walk(query, key, value, bias, mask, layout, scale, dropout, seed)
+        output = walk.value.new_zeros(*walk.query.shape[:3], value.size(3))  # queries in dead rows stay at zero
+        log_sums = walk.query.new_full((*walk.query.shape[:3], 1), math.inf, dtype=walk.accumulate)
+        for number, row in enumerate(layout.rows):
+            keys, values = _side_by_side(walk.key, row.runs), _side_by_side(walk.value, row.runs)
+            scores = walk.scores(row, walk.rows_of(walk.query, row), keys)
+            highest = scores.amax(-1, keepdim=True)
+            highest.masked_fill_(highest == -math.inf, 0.0)  # nothing to see: every exp is 0, as it should be
+            weights = scores.sub_(highest).exp_()
+            total = weights.sum(-1, keepdim=True)
+            # An infinite logarithm makes the backward pass's weights of such a query zeros.
+            walk.put(log_sums, row, (highest + total.log()).masked_fill_(total == 0, math.inf))
+            total.masked_fill_(total == 0, 1.0)
+            if dropout:
+                weights.mul_(walk.kept(number, weights))
+            attended = torch.bmm(weights.to(values.dtype), values)
+            walk.put(output, row, attended.div_(total))
+        ctx.save_for_backward(query, key, value, bias, mask, output, log_sums)
+        ctx.arguments = (layout, scale, dropout, seed)
+        return output.view(*query.shape[:3], value.size(3))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, bias, mask, output, log_sums = ctx.saved_tensors
+        layout, scale, dropout, seed = ctx.arguments
+        walk = _Walk(query, key, value, bias, mask, layout, scale, dropout, seed)
+        gradient = gradient.reshape(output.shape)
+        d_query = torch.zeros_like(walk.query)
+        # Every key collects from many rows: sums in half precision would lose the small ones.
+        d_key = torch.zeros_like(walk.key, dtype=walk.accumulate)
+        d_value = torch.zeros_like(walk.value, dtype=walk.accumulate)
+        d_bias = None
+        if bias is not None and ctx.needs_input_grad[3]:
+            d_bias = torch.zeros(walk.bias_shape, dtype=walk.accumulate, device=bias.device)
+        for number, row in enumerate(layout.rows):
+            keys, values = _side_by_side(walk.key, row.runs), _side_by_side(walk.value, row.runs)
+            queries, d_output = walk.rows_of(walk.query, row), walk.rows_of(gradient, row)
+            weights = walk.scores(row, queries, keys).sub_(walk.rows_of(log_sums, row)).exp_()
+            d_weights = torch.bmm(d_output, values.mT).to(walk.accumulate)
+            used = weights
+            if dropout:
+                kept = walk.kept(number, weights)
+                used = weights * kept
+                d_weights.mul_(kept)
+            _add_side_by_side(d_value, row.runs, torch.bmm(used.to(values.dtype).mT, d_output))
+            # Through the softmax: dS = P * (dP - rowsum(P * dP)), and that sum is rowsum(dO * O).
+            delta = (d_output.to(walk.accumulate) * walk.rows_of(output, row)).sum(-1, keepdim=True)
+            d_scores = d_weights.sub_(delta).mul_(weights)
+            if d_bias is not None:
+                walk.add_to_bias(d_bias, row, d_scores)
+            d_scores = d_scores.to(keys.dtype)
+            walk.put(d_query, row, torch.bmm(d_scores, keys).mul_(scale))
+            _add_side_by_side(d_key, row.runs, torch.bmm(d_scores.mT, queries).mul_(scale))
+        return (
+            d_query.view(query.shape),
+            d_key.view(key.shape).to(key.dtype),
+            d_value.view(value.shape).to(value.dtype),
+            None if d_bias is None or bias is None else d_bias.view(bias.shape).to(bias.dtype),
+            *(None,) * 5,
+        )
+
+
+class _Walk:
+    """What forward and backward share: the tensors by groups of heads, and how a row of tiles is cut out of them."""
+
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bias: Tensor | None,
+        mask: Tensor | None,
+        layout: BlockLayout,
+        scale: float,
+        dropout: float,
+        seed: int,
+    ) -> None:
+        self.batch, self.n_heads, query_length, head_dim = query.shape
+        n_kv_heads, key_length = key.shape[1:3]
+        n = self.batch * n_kv_heads
+        self.query = query.reshape(n, self.n_heads // n_kv_heads, query_length, head_dim)  # (n, g, query_length, .)
+        self.key = key.reshape(n, key_length, head_dim)
+        self.value = value.reshape(n, key_length, value.size(3))
+        self.mask = None if mask is None else ~mask[(None,) * (4 - mask.dim())]
+        self.bias = None if bias is None else bias[(None,) * (4 - bias.dim())]
+        self.bias_shape = (1,) * 4 if self.bias is None else tuple(self.bias.shape)
+        self.hidden = ~layout.masks.to(query.device)
+        self.scale, self.dropout, self.seed = scale, dropout, seed
+        self.accumulate = torch.float64 if query.dtype is torch.float64 else torch.float32
+
+    def rows_of(self, tensor: Tensor, row: LiveRow) -> Tensor:
+        """The row's queries of (n, g, query_length, .) as one matrix for each key head: (n, g * rows, .)."""
+        return tensor[:, :, row.start : row.stop].flatten(1, 2)
+
+    def put(self, tensor: Tensor, row: LiveRow, part: Tensor) -> None:
+        """The way back of ``rows_of``."""
+        tensor[:, :, row.start : row.stop] = part.view(part.size(0), tensor.size(1), -1, part.size(2))
+
+    def scores(self, row: LiveRow, queries: Tensor, keys: Tensor) -> Tensor:
+        """Scaled, biased and masked scores of the row: (n, g * rows, live keys), for the caller to overwrite."""
+        nothing = queries.new_zeros(1, 1, 1)
+        scores = torch.baddbmm(nothing, queries, keys.mT, beta=0, alpha=self.scale).to(self.accumulate)
+        by_head = self._by_head(scores)
+        if self.bias is not None:
+            by_head += _cut(self.bias, row)
+        for first, width, numbers in row.partial:
+            tiles = self.hidden[numbers].transpose(0, 1).flatten(1)  # side by side, as the keys are
+            by_head[..., first : first + width].masked_fill_(tiles[: row.stop - row.start, :width], -math.inf)
+        if self.mask is not None:
+            by_head.masked_fill_(_cut(self.mask, row), -math.inf)
+        return scores
+
+    def add_to_bias(self, d_bias: Tensor, row: LiveRow, d_scores: Tensor) -> None:
+        """Add the row's part of the bias's gradient, summed over what the bias was broadcast over."""
+        by_head, column = self._by_head(d_scores), 0
+        queries = slice(row.start, row.stop) if d_bias.size(2) > 1 else slice(None)
+        for start, stop in row.runs:
+            keys = slice(start, stop) if d_bias.size(3) > 1 else slice(None)
+            target = d_bias[:, :, queries, keys]
+            target += by_head[..., column : column + stop - start].sum_to_size(target.shape)
+            column += stop - start
+
+    def kept(self, number: int, weights: Tensor) -> Tensor:
+        """The dropout mask of row ``number``, scaled: the same numbers each time it is asked for."""
+        generator = torch.Generator(weights.device).manual_seed(self.seed + number)
+        return torch.empty_like(weights).bernoulli_(1 - self.dropout, generator=generator).div_(1 - self.dropout)
+
+    def _by_head(self, scores: Tensor) -> Tensor:
+        return scores.view(self.batch, self.n_heads, -1, scores.size(-1))
+
+
+def _side_by_side(tensor: Tensor, runs: Sequence[tuple[int, int]]) -> Tensor:
+    """Ranges of (n, key_length, .) laid side by side: (n, live keys, .); a single range is not copied."""
+    parts = [tensor[:, start:stop] for start, stop in runs]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def _add_side_by_side(tensor: Tensor, runs: Sequence[tuple[int, int]], part: Tensor) -> None:
+    column = 0
+    for start, stop in runs:
+        tensor[:, start:stop] += part[:, column : column + stop - start]
+        column += stop - start
+
+
+def _cut(tensor: Tensor, row: LiveRow) -> Tensor:
+    """A row of tiles out of something that broadcasts to (batch, n_heads, query_length, key_length)."""
+    if tensor.size(2) > 1:
+        tensor = tensor[:, :, row.start : row.stop]
+    if tensor.size(3) == 1:
+        return tensor
+    parts = [tensor[..., start:stop] for start, stop in row.runs]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 3)
