@@ -1,4 +1,4 @@
-"""Exchange with Hugging Face: GPT-2 and Llama models and folders, in and out.
+"""Exchange with Hugging Face: GPT-2, Llama and Mistral models and folders, in and out.
 
 ``load`` and ``save`` read and write the files themselves (config.json and safetensors); ``from_transformers`` reads the
 object it is given; only ``to_transformers`` imports the library.
@@ -19,16 +19,17 @@ from minillm.models.config import TransformerConfig
 from minillm.models.huggingface_gpt2 import GPT2
 from minillm.models.huggingface_layout import Layout
 from minillm.models.huggingface_llama import LLAMA
+from minillm.models.huggingface_mistral import MISTRAL
 from minillm.models.transformer import Transformer
 
-_LAYOUTS = {"gpt2": GPT2, "llama": LLAMA}
+_LAYOUTS = {"gpt2": GPT2, "llama": LLAMA, "mistral": MISTRAL}
 
 
 def from_transformers(model: Any) -> Transformer:
     """A :class:`Transformer` that computes what ``model`` computes, with copies of its weights.
 
     Args:
-        model: ``GPT2LMHeadModel`` or ``LlamaForCausalLM`` (or, if its embeddings are tied, the model without the head).
+        model: ``GPT2LMHeadModel``, ``LlamaForCausalLM``, ``MistralForCausalLM`` (or, if tied, the model without head).
 
     Returns it on the same device, in the same dtype and mode. Raises ValueError for what :class:`Transformer` has not:
     another model_type, activation, scaled attention, attention biases, unequal dropouts and the like, each by name.
@@ -41,9 +42,10 @@ def from_transformers(model: Any) -> Transformer:
 
 
 def to_transformers(model: Transformer) -> Any:
-    """The ``GPT2LMHeadModel`` or ``LlamaForCausalLM`` that computes what ``model`` does, with copies of its weights.
+    """The GPT-2, Llama (for RoPE) or Mistral (RoPE and a window) of transformers that computes what ``model`` does.
 
-    Raises ImportError if ``transformers`` is not installed, and ValueError if neither layout can hold the config.
+    It has copies of the weights. Raises ImportError if ``transformers`` is not installed, and ValueError if that layout
+    cannot hold the config.
     """
     layout = _layout_of(model.config)
     fields = layout.write_config(model.config)
@@ -135,7 +137,9 @@ def save(
 
 def _layout_of(config: TransformerConfig) -> Layout:
     """The layout that could hold this config; the details are checked by its ``write_config``."""
-    return LLAMA if config.positions == "rope" else GPT2
+    if config.positions == "rope":
+        return LLAMA if config.window is None else MISTRAL
+    return GPT2
 
 
 def _layout_named(model_type: object) -> Layout:

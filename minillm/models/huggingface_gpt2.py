@@ -47,7 +47,9 @@ def _read_gpt2(fields: Mapping[str, Any]) -> TransformerConfig:
 
 
 def _write_gpt2(config: TransformerConfig) -> dict[str, Any]:
-    require_fields("GPT-2", config, norm="layernorm", positions="learned", bias=True, n_kv_heads=config.n_heads)
+    require_fields(
+        "GPT-2", config, norm="layernorm", positions="learned", bias=True, n_kv_heads=config.n_heads, window=None
+    )
     if config.activation == "swiglu" or config.n_heads * config.head_dim != config.d_model:
         raise ValueError(
             "Hugging Face's GPT-2 layout needs activation 'gelu' or 'gelu_tanh' and n_heads * head_dim = d_model, got "

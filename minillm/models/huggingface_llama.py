@@ -4,9 +4,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from minillm.layers.positions import LinearScaling, Llama3Scaling, RopeScaling
 from minillm.models.config import TransformerConfig
 from minillm.models.huggingface_layout import Layout, Source, get, head_source, require, require_fields
+from minillm.models.huggingface_rope import read_rope, write_rope
 
 
 def _read_llama(fields: Mapping[str, Any]) -> TransformerConfig:
@@ -19,10 +19,11 @@ def _read_llama(fields: Mapping[str, Any]) -> TransformerConfig:
         quantization_config=None,
     )
     heads = get(fields, "num_attention_heads", 32)
-    base, scaling = _read_rope(fields)
+    context_length = get(fields, "max_position_embeddings", 2048)
+    base, scaling = read_rope(fields, context_length)
     return TransformerConfig(
         vocab_size=get(fields, "vocab_size", 32000),
-        context_length=get(fields, "max_position_embeddings", 2048),
+        context_length=context_length,
         d_model=get(fields, "hidden_size", 4096),
         n_layers=get(fields, "num_hidden_layers", 32),
         n_heads=heads,
@@ -41,43 +42,10 @@ def _read_llama(fields: Mapping[str, Any]) -> TransformerConfig:
     )
 
 
-def _read_rope(fields: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
-    """Base and scaling, from the newer ``rope_parameters`` or the older ``rope_theta`` and ``rope_scaling``."""
-    rope = {**(fields.get("rope_scaling") or {}), **(fields.get("rope_parameters") or {})}
-    base = float(get(rope, "rope_theta", get(fields, "rope_theta", 10000.0)))
-    require(rope, partial_rotary_factor=1.0)
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return base, None
-    if kind == "linear":
-        return base, LinearScaling(float(rope["factor"]))
-    if kind == "llama3":
-        return base, Llama3Scaling(
-            float(rope["factor"]),
-            float(rope["low_freq_factor"]),
-            float(rope["high_freq_factor"]),
-            int(rope["original_max_position_embeddings"]),
-        )
-    raise ValueError(f"rope_type must be one of default, linear, llama3, got {kind!r}")
-
-
-def _write_llama(config: TransformerConfig) -> dict[str, Any]:
-    require_fields("Llama", config, norm="rmsnorm", positions="rope", activation="swiglu", bias=False, dropout=0.0)
-    if config.d_model % config.n_heads:
-        raise ValueError(
-            "Hugging Face's Llama layout needs d_model to be a multiple of n_heads even if head_dim is given, got "
-            f"{config.d_model} and {config.n_heads}"
-        )
-    scaling = config.rope_scaling
-    rope: dict[str, Any] = {"rope_theta": config.rope_base, "rope_type": "default"}
-    if scaling is not None:
-        rope |= {"rope_type": scaling.kind, "factor": scaling.factor}
-    if isinstance(scaling, Llama3Scaling):
-        rope["low_freq_factor"] = scaling.low_freq_factor
-        rope["high_freq_factor"] = scaling.high_freq_factor
-        rope["original_max_position_embeddings"] = scaling.original_context_length
+def decoder_fields(layout: str, config: TransformerConfig) -> dict[str, Any]:
+    """What the configs of Llama and its descendants share; ValueError, naming the ``layout``, for what they lack."""
+    require_fields(layout, config, norm="rmsnorm", positions="rope", activation="swiglu", bias=False, dropout=0.0)
     return {
-        "model_type": "llama",
         "vocab_size": config.vocab_size,
         "max_position_embeddings": config.context_length,
         "hidden_size": config.d_model,
@@ -88,13 +56,22 @@ def _write_llama(config: TransformerConfig) -> dict[str, Any]:
         "intermediate_size": config.d_ff,
         "hidden_act": "silu",
         "rms_norm_eps": config.norm_eps,
-        "rope_parameters": rope,
-        "attention_bias": False,
-        "mlp_bias": False,
+        "rope_parameters": write_rope(config),
         "attention_dropout": 0.0,
         "initializer_range": config.initializer_std,
         "tie_word_embeddings": config.tied_embeddings,
     }
+
+
+def _write_llama(config: TransformerConfig) -> dict[str, Any]:
+    fields = decoder_fields("Llama", config)
+    require_fields("Llama", config, window=None)
+    if config.d_model % config.n_heads:
+        raise ValueError(
+            "Hugging Face's Llama layout needs d_model to be a multiple of n_heads even if head_dim is given, got "
+            f"{config.d_model} and {config.n_heads}"
+        )
+    return {"model_type": "llama", **fields, "attention_bias": False, "mlp_bias": False}
 
 
 def _llama_sources(config: TransformerConfig) -> dict[str, Source]:

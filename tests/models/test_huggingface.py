@@ -1,4 +1,4 @@
-"""Parity with transformers' GPT-2 and Llama at random configs, in both directions, and the files between them."""
+"""Parity with transformers' GPT-2, Llama and Mistral at random configs, both ways, and the files between them."""
 
 import ast
 import json
@@ -12,10 +12,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 import minillm
 from minillm.costs import parameters
+from minillm.inference import generate
+from minillm.layers import NTKScaling, YarnScaling
 from minillm.models import Transformer, TransformerConfig, huggingface, presets
 
 transformers.utils.logging.set_verbosity_error()
@@ -33,6 +42,12 @@ def _llama(**changes) -> LlamaForCausalLM:
     small = {"vocab_size": 37, "max_position_embeddings": 16, "hidden_size": 16, "intermediate_size": 20}
     small |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2}
     return LlamaForCausalLM(LlamaConfig(**(small | NO_TOKENS | changes))).eval()
+
+
+def _mistral(**changes) -> MistralForCausalLM:
+    small = {"vocab_size": 37, "max_position_embeddings": 16, "hidden_size": 16, "intermediate_size": 20}
+    small |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2}
+    return MistralForCausalLM(MistralConfig(**(small | {"sliding_window": 5} | NO_TOKENS | changes))).eval()
 
 
 def _randomised(model):
@@ -57,6 +72,17 @@ rope = st.sampled_from(
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": 8,
         },
+        {"rope_type": "yarn", "rope_theta": 500.0, "factor": 2.0, "original_max_position_embeddings": 8},
+        {
+            "rope_type": "yarn",
+            "rope_theta": 100.0,
+            "factor": 4.0,
+            "beta_fast": 2.0,
+            "beta_slow": 0.3,
+            "attention_factor": 0.8,
+            "truncate": False,
+            "original_max_position_embeddings": 16,
+        },
     ]
 )
 
@@ -77,25 +103,33 @@ def gpt2_models(draw):
 
 
 @st.composite
-def llama_models(draw):
+def llama_fields(draw):
     heads, kv_heads = draw(st.sampled_from([(1, 1), (4, 4), (4, 2), (4, 1), (6, 3)]))
-    return _llama(
-        vocab_size=draw(st.sampled_from([1, 37, 64])),
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        hidden_size=heads * draw(st.sampled_from([2, 6])),
-        head_dim=draw(st.sampled_from([None, 4, 10])),
-        num_hidden_layers=draw(st.integers(1, 3)),
-        intermediate_size=draw(st.sampled_from([5, 24])),
-        rms_norm_eps=draw(st.sampled_from([1e-6, 1e-3])),
-        rope_parameters=draw(rope),
-        tie_word_embeddings=draw(st.booleans()),
-    )
+    return {
+        "vocab_size": draw(st.sampled_from([1, 37, 64])),
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "hidden_size": heads * draw(st.sampled_from([2, 6])),
+        "head_dim": draw(st.sampled_from([None, 4, 10])),
+        "num_hidden_layers": draw(st.integers(1, 3)),
+        "intermediate_size": draw(st.sampled_from([5, 24])),
+        "rms_norm_eps": draw(st.sampled_from([1e-6, 1e-3])),
+        "rope_parameters": draw(rope),
+        "tie_word_embeddings": draw(st.booleans()),
+    }
+
+
+llama_models = st.builds(lambda fields: _llama(**fields), llama_fields())
+mistral_models = st.builds(
+    lambda fields, window: _mistral(**fields, sliding_window=window),
+    llama_fields(),
+    st.sampled_from([None, 1, 2, 5, 15, 16, 100]),
+)
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data(), seed=st.integers(0, 2**31), batch=st.integers(1, 3), seq=st.sampled_from([1, 2, 7, 15, 16]))
-@pytest.mark.parametrize("models", [gpt2_models(), llama_models()], ids=["gpt2", "llama"])
+@pytest.mark.parametrize("models", [gpt2_models(), llama_models, mistral_models], ids=["gpt2", "llama", "mistral"])
 def test_logits_and_gradients_equal_transformers_both_ways(models, data, seed, batch, seq):
     torch.manual_seed(seed)
     theirs = _randomised(data.draw(models))
@@ -121,7 +155,7 @@ def test_logits_and_gradients_equal_transformers_both_ways(models, data, seed, b
         torch.testing.assert_close(exported.get_parameter(name).data, parameter.grad, atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("make", [_gpt2, _llama], ids=["gpt2", "llama"])
+@pytest.mark.parametrize("make", [_gpt2, _llama, _mistral], ids=["gpt2", "llama", "mistral"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_folders_go_both_ways(make, tied, tmp_path):
     theirs = _randomised(make(tie_word_embeddings=tied))
@@ -145,6 +179,83 @@ def test_folders_go_both_ways(make, tied, tmp_path):
     back = huggingface.load(folder)
     assert back.config == loaded[0].config
     assert torch.equal(back(tokens), loaded[0](tokens))
+
+
+@pytest.mark.parametrize("window", [3, 8, None])
+def test_generation_with_the_rolling_cache_equals_mistrals_in_transformers(window):
+    theirs = _randomised(_mistral(sliding_window=window, max_position_embeddings=64))
+    ours = huggingface.from_transformers(theirs)
+    assert ours.config.window == window
+    prompts = torch.randint(0, 37, (3, 12)).tolist()
+    prompts[1] = prompts[1][:5]  # shorter rows are padded in front
+    prompts[2] = prompts[2][:1]
+    padded = torch.tensor([[0] * (12 - len(row)) + row for row in prompts])
+    present = torch.tensor([[0] * (12 - len(row)) + [1] * len(row) for row in prompts])
+    out = theirs.generate(padded, attention_mask=present, do_sample=False, max_new_tokens=40, pad_token_id=0)
+    assert generate(ours, prompts, max_new_tokens=40, temperature=0.0) == out[:, 12:].tolist()
+
+    # Token by token through a cache that is smaller than the text, against the whole text at once.
+    tokens = torch.cat((padded[:1], out[:1, 12:]), dim=1)
+    expected = theirs(tokens).logits
+    cache = ours.new_cache(1)
+    steps = [ours(tokens[:, :20], cache=cache), *(ours(tokens[:, i : i + 1], cache=cache) for i in range(20, 52))]
+    torch.testing.assert_close(torch.cat(steps, dim=1), expected, atol=1e-4, rtol=0)
+    if window is not None:
+        assert cache.layers[0].keys.size(2) < 16
+
+
+@pytest.mark.parametrize(
+    ("left_out", "window", "kv_heads"), [({"sliding_window"}, 4096, 2), ({"num_key_value_heads"}, 5, 8), (set(), 5, 2)]
+)
+def test_mistrals_config_files_mean_what_they_mean_to_transformers(left_out, window, kv_heads, tmp_path):
+    theirs = _mistral(num_attention_heads=8, num_key_value_heads=kv_heads, sliding_window=window)
+    theirs.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    fields = {name: value for name, value in json.loads(file.read_text()).items() if name not in left_out}
+    file.write_text(json.dumps(fields))
+    again = MistralConfig(**fields)
+    config = huggingface.load(tmp_path).config
+    assert (config.window, config.n_kv_heads) == (again.sliding_window, again.num_key_value_heads) == (window, kv_heads)
+    file.write_text(json.dumps(fields | {"sliding_window": None}))
+    config = huggingface.load(tmp_path).config
+    assert config.window is None
+    assert type(huggingface.to_transformers(Transformer(config))) is LlamaForCausalLM  # without a window it is a Llama
+
+
+def test_ntk_scaling_leaves_as_the_larger_base_that_it_is(tmp_path):
+    sizes = {"vocab_size": 37, "d_model": 16, "n_layers": 2, "context_length": 16}
+    switches = {"norm": "rmsnorm", "positions": "rope", "activation": "swiglu", "bias": False}
+    ours = Transformer(TransformerConfig(**sizes, **switches, rope_base=500.0, rope_scaling=NTKScaling(3.0)))
+    theirs = huggingface.to_transformers(ours)
+    assert theirs.config.rope_parameters["rope_type"] == "default"
+    assert theirs.config.rope_parameters["rope_theta"] == pytest.approx(500 * 3 ** (4 / 2))
+    tokens = torch.randint(0, 37, (2, 16))
+    torch.testing.assert_close(theirs(tokens).logits, ours(tokens), atol=1e-4, rtol=0)
+    again = huggingface.load(huggingface.save(ours, tmp_path))
+    assert again.config.rope_scaling is None
+    torch.testing.assert_close(again(tokens), ours(tokens), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, YarnScaling(4.0, 16)),
+        ({"factor": None, "original_max_position_embeddings": 4}, YarnScaling(4.0, 4)),
+        ({"beta_fast": None, "beta_slow": 2, "truncate": None, "attention_factor": None}, YarnScaling(4.0, 16, 32, 2)),
+    ],
+)
+def test_what_a_yarn_config_leaves_out_is_what_transformers_takes(changes, expected, tmp_path):
+    theirs = _llama()
+    theirs.save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    fields["rope_scaling"] = {"type": "yarn", "factor": 4.0} | changes  # the older writing
+    del fields["rope_parameters"]
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    ours = huggingface.load(tmp_path)
+    assert ours.config.rope_scaling == expected
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    tokens = torch.randint(0, 37, (2, 16))
+    torch.testing.assert_close(ours(tokens), again(tokens).logits, atol=1e-4, rtol=0)
 
 
 def test_dtype_is_kept_or_chosen(tmp_path):
@@ -206,9 +317,22 @@ def test_every_published_preset_is_the_same_shape_in_transformers(family):
         (_llama, {"attention_dropout": 0.1}, "attention_dropout must be 0.0"),
         (
             _llama,
-            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}},
-            "rope_type must be one of default, linear, llama3, got 'yarn'",
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+            "rope_type must be one of default, linear, llama3, yarn, got 'dynamic'",
         ),
+        (
+            _llama,
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "mscale": 0.7}},
+            "mscale must be None: .* got 0.7",
+        ),
+        (
+            _llama,
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 0.5}},
+            "factor must be at least 1 and finite, got 0.5",
+        ),
+        (_llama, {"partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1.0"),
+        (_mistral, {"attention_dropout": 0.1}, "attention_dropout must be 0.0"),
+        (_mistral, {"layer_types": ["sliding_attention", "full_attention"]}, "layer_types must be None"),
     ],
 )
 def test_models_that_cannot_be_held_are_refused_by_name(make, changes, message):
@@ -225,7 +349,7 @@ def test_other_architectures_are_refused_by_name():
         "intermediate_size": 8,
     }
     other = transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**small))
-    with pytest.raises(ValueError, match="model_type must be one of gpt2, llama, got 'gpt_neox'"):
+    with pytest.raises(ValueError, match="model_type must be one of gpt2, llama, mistral, got 'gpt_neox'"):
         huggingface.from_transformers(other)
 
 
@@ -237,6 +361,9 @@ def test_other_architectures_are_refused_by_name():
         ({"activation": "swiglu"}, "activation 'gelu' or 'gelu_tanh'"),
         ({"head_dim": 5}, r"n_heads \* head_dim = d_model, got 'gelu' and 4 \* 5 for 16"),
         ({"positions": "rope"}, r"Llama layout needs norm='rmsnorm' .*, activation='swiglu' .*, bias=False"),
+        ({"positions": "rope", "window": 4}, r"Mistral layout needs norm='rmsnorm' .*, activation='swiglu'"),
+        ({"window": 4}, r"GPT-2 layout needs window=None \(got 4\)"),
+        ({"positions": "alibi"}, r"GPT-2 layout needs positions='learned' \(got 'alibi'\)"),
     ],
 )
 def test_configs_without_a_layout_are_refused_by_name(changes, message, tmp_path):
@@ -261,7 +388,7 @@ def test_broken_folders_are_refused_by_name(tmp_path):
     config.write_text("[]")
     refused(ValueError, "must hold a JSON object, got list")
     config.write_text('{"model_type": "bert"}')
-    refused(ValueError, "model_type must be one of gpt2, llama, got 'bert'")
+    refused(ValueError, "model_type must be one of gpt2, llama, mistral, got 'bert'")
 
     model = huggingface.from_transformers(_gpt2())
     huggingface.save(model, tmp_path)
