@@ -71,9 +71,10 @@ def plain_scaled_dot_product_attention(
     # product with that key head, so that the keys need not be repeated in memory.
     group_rows = (n_heads // n_kv_heads) * query_length
     grouped = query.reshape(*batch, n_kv_heads, group_rows, head_dim)
-    scores = grouped @ key.transpose(-2, -1) * (1 / math.sqrt(head_dim) if scale is None else scale)
+    # In float32 at least, as the fused kernels do it: a score above 65504 would be infinite in float16.
+    wide = torch.promote_types(query.dtype, torch.float32)
+    scores = grouped.to(wide) @ key.to(wide).transpose(-2, -1) * (1 / math.sqrt(head_dim) if scale is None else scale)
     scores = scores.view(*batch, n_heads, query_length, key_length)
-    scores = scores if scores.dtype is torch.float64 else scores.float()
     if bias is not None:
         scores = scores + bias
     allowed = mask
@@ -83,14 +84,15 @@ def plain_scaled_dot_product_attention(
     if allowed is not None:
         scores = scores.masked_fill(~allowed, -math.inf)
 
-    # A row of -inf only (nothing may be seen, or a bias of -inf) would become 0/0: its weights are zeros.
-    empty = scores.amax(-1, keepdim=True) == -math.inf
-    weights = scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0).to(value.dtype)
+    # A row of -inf only (no key, none that may be seen, or a bias of -inf) would become 0/0. It is scored with zeros
+    # instead, and its output set to zero: so is its gradient then, and no second matrix of weights need be kept.
+    empty = (scores.detach() == -math.inf).all(-1, keepdim=True)
+    weights = scores.masked_fill(empty, 0.0).softmax(-1).to(value.dtype)
 
     used = F.dropout(weights, dropout) if dropout else weights
     output = used.reshape(*batch, n_kv_heads, group_rows, key_length) @ value
-    output = output.view(*batch, n_heads, query_length, value.size(-1))
-    return (output, weights) if return_weights else output
+    output = output.view(*batch, n_heads, query_length, value.size(-1)).masked_fill(empty, 0.0)
+    return (output, weights.masked_fill(empty, 0.0)) if return_weights else output
 
 
 @overload
@@ -169,8 +171,9 @@ def scaled_dot_product_attention(
             query, key, value, mask=mask, bias=bias, causal=causal, scale=scale, dropout=dropout, return_weights=True
         )
     _check(query, key, value, mask, bias, dropout)
-    n_heads, query_length = query.shape[1], query.shape[2]
+    batch, n_heads, query_length, head_dim = query.shape
     n_kv_heads, key_length = key.shape[1], key.shape[2]
+    group = n_heads // n_kv_heads
 
     if query_length == 1:  # a single query stands at the last key and sees them all
         causal = False
@@ -182,15 +185,18 @@ def scaled_dot_product_attention(
     if bias is not None:
         bias = bias.to(query.dtype)
         mask = bias if mask is None else torch.where(mask, bias, -math.inf)
+    if mask is not None:  # with three axes torch leaves its fused kernels: several times slower, and keys are repeated
+        mask = mask[(None,) * (4 - mask.dim())]
 
-    if query_length == 1 and n_kv_heads < n_heads and (mask is None or mask.dim() < 3 or mask.size(-3) == 1):
-        # One token being generated: the heads of a group become the rows of one product, and no key is repeated.
-        grouped = query.reshape(query.size(0), n_kv_heads, n_heads // n_kv_heads, query.size(3))
+    if group > 1 and not causal and (mask is None or query_length == 1 or mask.size(1) == mask.size(2) == 1):
+        # All rows of a group see the same keys, or there is one row a head: then they are rows of one product with the
+        # head they share. Otherwise the kernels read that head once for each query head; neither way repeats it.
+        if mask is not None and mask.size(1) > 1:
+            mask = mask.reshape(mask.size(0), n_kv_heads, group, mask.size(3))
+        grouped = query.reshape(batch, n_kv_heads, group * query_length, head_dim)
         output = F.scaled_dot_product_attention(grouped, key, value, mask, dropout, scale=scale)
-        return output.reshape(query.size(0), n_heads, 1, value.size(3))
-    return F.scaled_dot_product_attention(
-        query, key, value, mask, dropout, causal, scale=scale, enable_gqa=n_kv_heads < n_heads
-    )
+        return output.reshape(batch, n_heads, query_length, value.size(3))
+    return F.scaled_dot_product_attention(query, key, value, mask, dropout, causal, scale=scale, enable_gqa=group > 1)
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, bias: Tensor | None, dropout: float) -> None:
