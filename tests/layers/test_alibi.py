@@ -206,3 +206,18 @@ def test_there_is_nothing_to_learn_or_to_save_and_slopes_stay_exact():
 def test_bad_input_is_refused_by_name(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+@pytest.mark.parametrize("spread", [1.0, 3.0])
+def test_the_floor_of_the_modules_bias_changes_no_result_and_no_gradient(spread):
+    query, key, value = (torch.randn(1, 8, 600, 16) * spread for _ in range(3))
+    held = AlibiBias(8)(600, 600)
+    assert held.min() == AlibiBias.FLOOR
+    assert torch.equal(held, alibi_bias(8, 600, 600).clamp(min=AlibiBias.FLOOR))
+    results = []
+    for bias in (held, alibi_bias(8, 600, 600)):
+        inputs = [t.double().requires_grad_() for t in (query, key, value)]
+        out = scaled_dot_product_attention(*inputs, bias=bias.double(), causal=True)
+        results.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
+    for ours, exact in zip(*results, strict=True):
+        torch.testing.assert_close(ours, exact, atol=1e-9, rtol=1e-9)
