@@ -5,5 +5,14 @@ from minillm.models.block import TransformerBlock
 from minillm.models.config import TransformerConfig
 from minillm.models.modes import evaluation_mode
 from minillm.models.transformer import Transformer
+from minillm.models.uptraining import convert_kv_heads
 
-__all__ = ["Transformer", "TransformerBlock", "TransformerConfig", "evaluation_mode", "huggingface", "presets"]
+__all__ = [
+    "Transformer",
+    "TransformerBlock",
+    "TransformerConfig",
+    "convert_kv_heads",
+    "evaluation_mode",
+    "huggingface",
+    "presets",
+]
