@@ -12,7 +12,6 @@ from torch.nn.attention.flex_attention import create_block_mask
 from minillm.layers.block_layout import DEAD, FULL, PARTIAL
 from minillm.layers.sparse_algebra import Pattern
 from minillm.layers.sparse_compounds import (
-    big_bird,
     longformer,
     sparse_transformer_fixed,
     sparse_transformer_strided,
