@@ -188,14 +188,15 @@ def scaled_dot_product_attention(
     if mask is not None:  # with three axes torch leaves its fused kernels: several times slower, and keys are repeated
         mask = mask[(None,) * (4 - mask.dim())]
 
-    if group > 1 and not causal and (mask is None or query_length == 1 or mask.size(1) == mask.size(2) == 1):
-        # All rows of a group see the same keys, or there is one row a head: then they are rows of one product with the
-        # head they share. Otherwise the kernels read that head once for each query head; neither way repeats it.
+    if group > 1 and query_length == 1:
+        # One token being generated: the heads of a group become the rows of one product with the head they share. (For
+        # more queries the kernels read that head once for each query head, which then costs no more time; neither way
+        # repeats it in memory.)
         if mask is not None and mask.size(1) > 1:
             mask = mask.reshape(mask.size(0), n_kv_heads, group, mask.size(3))
-        grouped = query.reshape(batch, n_kv_heads, group * query_length, head_dim)
+        grouped = query.reshape(batch, n_kv_heads, group, head_dim)
         output = F.scaled_dot_product_attention(grouped, key, value, mask, dropout, scale=scale)
-        return output.reshape(batch, n_heads, query_length, value.size(3))
+        return output.reshape(batch, n_heads, 1, value.size(3))
     return F.scaled_dot_product_attention(query, key, value, mask, dropout, causal, scale=scale, enable_gqa=group > 1)
 
 
