@@ -51,9 +51,9 @@ class RotaryEmbedding(nn.Module):
     Pair ``i`` of a head at position ``p`` is turned by ``p * base**(-2i / head_dim)``; the product of a turned query
     and a turned key then depends on their distance only.
 
-    Angles are float32, as in every published model: the rounding of an angle grows with the position, to 2.4e-4 radians
-    at position 4096 and 8e-3 at 131072 (about what bfloat16 does to every cosine). ``cos_sin`` in float64 has none of
-    it, at seven times the time and not on every device.
+    Angles are float32, as in every published model, and the farther out, the more they are rounded: with base 10000 by
+    up to 2.4e-4 radians at position 4096 and 8e-3 at 131072, four times what bfloat16 does to a cosine. In float64
+    (``cos_sin``) nothing of it is left, at seven times the time and not on every device.
 
     Args:
         head_dim: size of a head, even.
