@@ -266,12 +266,13 @@ def test_narrow_dtypes_stay_close_to_float64(dtype, tolerance):
         assert error < 2 * tolerance
 
 
-def test_sums_of_thousands_of_small_weights_do_not_get_stuck_in_bfloat16():
-    # 4,000 equal weights of 1/4000 summed one by one in bfloat16 stop growing at a 1/8 or so.
-    layer = ShawPositions(4, 2).to(torch.bfloat16)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_sums_of_thousands_of_small_weights_do_not_get_stuck_in_bfloat16(device):
+    # 4,000 weights of 1/4000 added one by one in bfloat16, as a GPU would, stop growing at 1/8 or so.
+    layer = ShawPositions(4, 2).to(device, torch.bfloat16)
     torch.nn.init.ones_(layer.values)
-    zeros = torch.zeros(1, 1, 4000, 4, dtype=torch.bfloat16)
-    torch.testing.assert_close(layer(zeros[:, :, :1], zeros, zeros), torch.ones(1, 1, 1, 4, dtype=torch.bfloat16))
+    zeros = torch.zeros(1, 1, 4000, 4, dtype=torch.bfloat16, device=device)
+    torch.testing.assert_close(layer(zeros[:, :, :1], zeros, zeros), torch.ones_like(zeros[:, :, :1]))
 
 
 def test_runs_under_autocast():

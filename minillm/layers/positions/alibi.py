@@ -54,7 +54,8 @@ class AlibiBias(nn.Module):
     Always float32: attention rounds the bias to its own dtype, if at all. The bias is held at ``FLOOR`` from where it
     falls below: at equal scores such a key weighs less than ``e**-60`` of the nearest one, far below what any dtype
     adds up, and further down the weights would be subnormal numbers, which CPUs multiply many times slower (a training
-    step at length 512 takes 1.3 to 1.8 times as long with them).
+    step at length 512 takes 1.3 to 1.8 times as long with them). This supposes that a query sees some key near itself,
+    as in self-attention it does; where only far keys are seen, :func:`alibi_bias` keeps them apart and this does not.
 
     Args:
         n_heads: any number of heads, see :func:`alibi_slopes`.
