@@ -1,5 +1,6 @@
 """T5's relative position bias against transformers' T5: buckets, biases, gradients, whole attention layers."""
 
+import math
 from functools import partial
 
 import pytest
@@ -59,6 +60,18 @@ def test_buckets_equal_t5s_integer_for_integer(bidirectional, n_buckets, max_dis
     got = t5_bucket(relative, bidirectional=bidirectional, n_buckets=n_buckets, max_distance=max_distance)
     assert got.dtype is torch.int64
     assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize(("n", "max_distance", "edge"), [(9, 128, 8), (17, 343, 28), (20, 320, 20), (30, 480, 30)])
+def test_on_the_edge_of_a_bucket_float32_decides_as_in_t5(n, max_distance, edge):
+    # In float64 these distances come out a bucket lower or higher.
+    relative = torch.arange(-600, 1)
+    expected = T5Attention._relative_position_bucket(relative, False, n, max_distance)
+    got = t5_bucket(relative, bidirectional=False, n_buckets=n, max_distance=max_distance)
+    assert torch.equal(got, expected)
+    exact = n // 2
+    wide = exact + int(math.log(edge / exact) / math.log(max_distance / exact) * (n - exact))
+    assert abs(got[-1 - edge].item() - wide) == 1
 
 
 def test_buckets_of_t5_by_hand():
