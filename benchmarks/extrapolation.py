@@ -12,8 +12,8 @@ same tokens, and only how much text stands before them differs. Two means of the
     loss     over all tokens, as in the paper. It falls with L for two reasons: fewer tokens stand near the beginning of
              a window ("the early-token curse"), and more context may be of use.
     tail     over the last 128 tokens of the blocks, which at length L have L - 128 ... L - 1 tokens before them (at
-             128: 0 ... 127). ``sliding`` is the loss of the same tokens when each is given the 112 ... 127 tokens before it:
-             the best that a model can do which was trained at 128 and is never shown more. Below it, longer context
+             128: 0 ... 127). ``sliding`` is the loss of the same tokens when each is given the 112 ... 127 tokens before
+             it: the best that a model can do which was trained at 128 and is never shown more. Below it, longer context
              helps; between it and ``tail`` at 128, it only does away with the early-token curse.
 
 RoPE is also evaluated with its angles rescaled by ``factor = L / 128`` (linear interpolation, NTK-aware, YaRN), without
@@ -39,8 +39,7 @@ The file is written after every model; the same command goes on where an interru
         sliding          nats per token of the tail's tokens with the 112-127 tokens before them; variant "" only
     summary              {"alibi": {"loss": {"128": [mean, least, greatest], ...}, "tail": ..., "sliding": [...]},
                          "rope linear": ..., ...}: over the seeds
-    overhead             {"d_model", ..., "length", "batch_size", "rounds", "paper": {...}, "rows": {scheme: row}}, where
-                         a row holds
+    overhead             {"d_model", ..., "batch_size", "rounds", "paper": {...}, "rows": {scheme: row}}; in a row
         cpu_ms           [median, least, greatest] of a training step
         over_sinusoidal  the median over the rounds of its time over sinusoidal's in the same round, less one
         peak_mib         the most that is allocated at once within a step (activations, gradients, scratch)
@@ -90,16 +89,16 @@ PAPER = {"time": "0 to 0.7 %", "memory": "0 to 100 MB", "source": "Press et al. 
 class Settings:
     """The experiment. Lengths are in tokens; ``tuning_steps`` are made at the longest length, one window a step."""
 
-    d_model: int = 128
-    n_layers: int = 4
+    d_model: int = 64
+    n_layers: int = 2
     n_heads: int = 4
     vocab_size: int = 512
-    initializer_std: float = 0.02
+    initializer_std: float = 0.125  # d_model**-0.5: embeddings as large as sinusoids, once multiplied by d_model**0.5
     train_length: int = 128
     lengths: tuple[int, ...] = (128, 256, 512, 1024, 2048)
     batch_size: int = 8
-    steps: int = 800
-    learning_rate: float = 3e-3
+    steps: int = 1500
+    learning_rate: float = 5e-3
     tuning_steps: int = 40
     tuning_rate: float = 1e-3
     n_blocks: int = 32
@@ -118,7 +117,7 @@ class Settings:
 
 
 QUICK = Settings(
-    d_model=64, n_layers=2, lengths=(128, 256, 512), batch_size=4, steps=40, tuning_steps=2, n_blocks=4
+    lengths=(128, 256, 512), batch_size=4, steps=40, tuning_steps=2, n_blocks=4
 )  # fmt: skip
 
 
