@@ -63,7 +63,7 @@ def plain_scaled_dot_product_attention(
     return_weights: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`scaled_dot_product_attention` written out: the version to read, and the one that can show its weights."""
-    _check(query, key, value, mask, bias, dropout)
+    check_attention(query, key, value, mask, bias, dropout)
     *batch, n_heads, query_length, head_dim = query.shape
     n_kv_heads, key_length = key.shape[-3], key.shape[-2]
 
@@ -170,7 +170,7 @@ def scaled_dot_product_attention(
         return plain_scaled_dot_product_attention(
             query, key, value, mask=mask, bias=bias, causal=causal, scale=scale, dropout=dropout, return_weights=True
         )
-    _check(query, key, value, mask, bias, dropout)
+    check_attention(query, key, value, mask, bias, dropout)
     batch, n_heads, query_length, head_dim = query.shape
     n_kv_heads, key_length = key.shape[1], key.shape[2]
     group = n_heads // n_kv_heads
@@ -200,7 +200,9 @@ def scaled_dot_product_attention(
     return F.scaled_dot_product_attention(query, key, value, mask, dropout, causal, scale=scale, enable_gqa=group > 1)
 
 
-def _check(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, bias: Tensor | None, dropout: float) -> None:
+def check_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, bias: Tensor | None, dropout: float
+) -> None:
     """Refuse what does not fit, by name; looks at shapes and dtypes only, so costs no device time."""
     q, k, v = query.shape, key.shape, value.shape
     if len(q) != 4 or len(k) != 4 or len(v) != 4:

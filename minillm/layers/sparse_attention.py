@@ -8,7 +8,8 @@ its square.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from minillm.layers.block_layout import BlockLayout, LiveRow
-from minillm.layers.scaled_dot_product import _check, plain_scaled_dot_product_attention
+from minillm.layers.scaled_dot_product import check_attention, plain_scaled_dot_product_attention
 from minillm.layers.sparse_algebra import Pattern
 from minillm.layers.sparse_patterns import causal as causal_pattern
 
@@ -51,7 +52,7 @@ def block_sparse_attention(
     Memory beyond the inputs' and gradients' size: the scores of one block of queries. Differentiable once. Returns and
     raises what :func:`scaled_dot_product_attention` does.
     """
-    _check(query, key, value, mask, bias, dropout)
+    check_attention(query, key, value, mask, bias, dropout)
     if not isinstance(pattern, Pattern):
         raise TypeError(f"pattern must be a Pattern (a boolean matrix goes in as mask), got {type(pattern).__name__}")
     query_length, key_length = query.size(2), key.size(2)
@@ -77,10 +78,22 @@ def block_sparse_attention(
     return output
 
 
+def _without_autocast(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Under autocast the products would be narrowed one by one; here the inputs' dtype decides."""
+
+    @wraps(method)
+    def wrapped(ctx: Any, tensor: Tensor, *rest: Any) -> Any:
+        with torch.autocast(tensor.device.type, enabled=False):
+            return method(ctx, tensor, *rest)
+
+    return wrapped
+
+
 class _BlockSparse(torch.autograd.Function):
     """The walk over the rows of tiles. Shapes: n is batch * n_kv_heads, g the query heads that share a key head."""
 
     @staticmethod
+    @_without_autocast
     def forward(
         ctx: Any,
         query: Tensor,
@@ -116,6 +129,7 @@ class _BlockSparse(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @_without_autocast
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, bias, mask, output, log_sums = ctx.saved_tensors
         layout, scale, dropout, seed = ctx.arguments

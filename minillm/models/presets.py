@@ -1,12 +1,11 @@
 """Named configs: published models, and small ones to learn with.
 
 The published ones have exactly the published parameter counts (``minillm.costs.parameters``), which the tests hold.
-Build the
-big ones without memory: ``with torch.device("meta"): Transformer(presets.get("llama-3-70b"))``.
+Build the big ones without memory: ``with torch.device("meta"): Transformer(presets.get("llama-3-70b"))``.
 
 Sources: Radford et al. 2019, table 2 (GPT-2; the counts are those of the released weights); Touvron et al. 2023, "Llama
-2", table 1 and appendix A.2.1; Grattafiori et al. 2024, "The Llama 3 Herd of Models", table 3; Zhang et al. 2024,
-"TinyLlama", table 2; the released config files.
+2", table 1 and appendix A.2.1; Grattafiori et al. 2024, "The Llama 3 Herd of Models", table 3; Jiang et al. 2023,
+"Mistral 7B", table 1; Zhang et al. 2024, "TinyLlama", table 2; the released config files.
 """
 
 from collections.abc import Mapping
@@ -59,6 +58,7 @@ PRESETS: Mapping[str, TransformerConfig] = MappingProxyType(
         "llama-3-70b": _LLAMA_3.replace(d_model=8192, n_layers=80, n_heads=64, d_ff=28672),
         "llama-3.2-1b": _LLAMA_3_2.replace(d_model=2048, n_layers=16),
         "llama-3.2-3b": _LLAMA_3_2.replace(d_model=3072, n_layers=28, n_heads=24),
+        "mistral-7b": _LLAMA_2.replace(context_length=32768, n_kv_heads=8, d_ff=14336, window=4096),
         "tinyllama-1.1b": _LLAMA_2.replace(context_length=2048, d_model=2048, n_layers=22, n_kv_heads=4, d_ff=5632),
         "smollm2-135m": _LLAMA_2.replace(
             vocab_size=49152, context_length=8192, d_model=576, n_layers=30, n_heads=9, n_kv_heads=3, d_ff=1536,

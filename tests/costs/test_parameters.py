@@ -61,6 +61,7 @@ def test_equals_the_model_in_all_and_in_each_part(config):
         ("llama-3-70b", 70_553_706_496),
         ("llama-3.2-1b", 1_235_814_400),
         ("llama-3.2-3b", 3_212_749_824),
+        ("mistral-7b", 7_241_732_096),
         ("tinyllama-1.1b", 1_100_048_384),
         ("smollm2-135m", 134_515_008),
     ],

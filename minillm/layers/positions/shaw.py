@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minillm.layers.positions.relative import relative_positions, relative_range
-from minillm.layers.scaled_dot_product import _check
+from minillm.layers.scaled_dot_product import check_attention
 
 
 class ShawPositions(nn.Module):
@@ -90,7 +90,7 @@ class ShawPositions(nn.Module):
         ``offset`` is the place of the first query counted from the first key, for relative positions and ``causal``;
         None: the last query stands at the last key.
         """
-        _check(query, key, value, mask, bias, dropout)
+        check_attention(query, key, value, mask, bias, dropout)
         batch, n_heads, query_length, head_dim = query.shape
         n_kv_heads, key_length = key.shape[1], key.shape[2]
         if head_dim != self.keys.size(1) or value.size(3) != head_dim:
