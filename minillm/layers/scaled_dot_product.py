@@ -64,35 +64,47 @@ def plain_scaled_dot_product_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`scaled_dot_product_attention` written out: the version to read, and the one that can show its weights."""
     check_attention(query, key, value, mask, bias, dropout)
-    *batch, n_heads, query_length, head_dim = query.shape
-    n_kv_heads, key_length = key.shape[-3], key.shape[-2]
+    if causal:
+        triangle = causal_mask(query.size(2), key.size(2), device=query.device)
+        mask = triangle if mask is None else triangle & mask
+    weights, empty = attention_weights(query, key, mask=mask, bias=bias, scale=scale)
+    weights = weights.to(value.dtype)
+    output = weighted_sum(F.dropout(weights, dropout) if dropout else weights, value).masked_fill(empty, 0.0)
+    return (output, weights.masked_fill(empty, 0.0)) if return_weights else output
 
+
+def attention_weights(
+    query: Tensor, key: Tensor, *, mask: Tensor | None, bias: Tensor | None, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    """``softmax(query key^T * scale + bias)``, and which queries see no key; arguments as of the whole attention.
+
+    Returns: weights (batch, n_heads, query_length, key_length), float32 (float64 for float64): a score above 65504
+    would be infinite in float16. And ``empty``, boolean (batch, n_heads, query_length, 1): a row of -inf only (no key,
+    none that may be seen, or a bias of -inf) would become 0/0. It is scored with zeros instead, and whoever uses the
+    weights sets its output to zero: so is its gradient then, and no second matrix of weights need be kept.
+    """
+    batch, n_heads, query_length, head_dim = query.shape
+    n_kv_heads = key.size(1)
+    wide = torch.promote_types(query.dtype, torch.float32)
     # A group of query heads shares one key head. Laying the group's queries one after another makes it one matrix
     # product with that key head, so that the keys need not be repeated in memory.
-    group_rows = (n_heads // n_kv_heads) * query_length
-    grouped = query.reshape(*batch, n_kv_heads, group_rows, head_dim)
-    # In float32 at least, as the fused kernels do it: a score above 65504 would be infinite in float16.
-    wide = torch.promote_types(query.dtype, torch.float32)
-    scores = grouped.to(wide) @ key.to(wide).transpose(-2, -1) * (1 / math.sqrt(head_dim) if scale is None else scale)
-    scores = scores.view(*batch, n_heads, query_length, key_length)
+    grouped = query.reshape(batch, n_kv_heads, (n_heads // n_kv_heads) * query_length, head_dim).to(wide)
+    scores = grouped @ key.to(wide).transpose(-2, -1) * (1 / math.sqrt(head_dim) if scale is None else scale)
+    scores = scores.view(batch, n_heads, query_length, key.size(2))
     if bias is not None:
         scores = scores + bias
-    allowed = mask
-    if causal:
-        triangle = causal_mask(query_length, key_length, device=query.device)
-        allowed = triangle if mask is None else triangle & mask
-    if allowed is not None:
-        scores = scores.masked_fill(~allowed, -math.inf)
-
-    # A row of -inf only (no key, none that may be seen, or a bias of -inf) would become 0/0. It is scored with zeros
-    # instead, and its output set to zero: so is its gradient then, and no second matrix of weights need be kept.
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
     empty = (scores.detach() == -math.inf).all(-1, keepdim=True)
-    weights = scores.masked_fill(empty, 0.0).softmax(-1).to(value.dtype)
+    return scores.masked_fill(empty, 0.0).softmax(-1), empty
 
-    used = F.dropout(weights, dropout) if dropout else weights
-    output = used.reshape(*batch, n_kv_heads, group_rows, key_length) @ value
-    output = output.view(*batch, n_heads, query_length, value.size(-1)).masked_fill(empty, 0.0)
-    return (output, weights.masked_fill(empty, 0.0)) if return_weights else output
+
+def weighted_sum(weights: Tensor, value: Tensor) -> Tensor:
+    """``weights`` (batch, n_heads, query_length, key_length) times the value head that each group of heads shares."""
+    batch, n_heads, query_length, key_length = weights.shape
+    n_kv_heads = value.size(1)
+    grouped = weights.reshape(batch, n_kv_heads, (n_heads // n_kv_heads) * query_length, key_length)
+    return (grouped @ value).view(batch, n_heads, query_length, value.size(-1))
 
 
 @overload

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minillm.layers.positions.relative import relative_positions, relative_range
-from minillm.layers.scaled_dot_product import check_attention
+from minillm.layers.scaled_dot_product import attention_weights, check_attention, weighted_sum
 
 
 class ShawPositions(nn.Module):
@@ -92,7 +92,7 @@ class ShawPositions(nn.Module):
         """
         check_attention(query, key, value, mask, bias, dropout)
         batch, n_heads, query_length, head_dim = query.shape
-        n_kv_heads, key_length = key.shape[1], key.shape[2]
+        key_length = key.size(2)
         if head_dim != self.keys.size(1) or value.size(3) != head_dim:
             raise ValueError(
                 f"query, key and value must have head_dim={self.keys.size(1)}, "
@@ -109,26 +109,19 @@ class ShawPositions(nn.Module):
         rows = (relative.clamp(low, high) - low).expand(batch, n_heads, -1, -1)
         table = slice(low + k, high + k + 1)
 
-        group_rows = (n_heads // n_kv_heads) * query_length
-        grouped = query.reshape(batch, n_kv_heads, group_rows, head_dim)
-        scores = (grouped @ key.transpose(-2, -1)).view(batch, n_heads, query_length, key_length)
-        scores = (scores + (query @ self.keys[table].to(query.dtype).t()).gather(-1, rows)) * scale
-        scores = scores if scores.dtype is torch.float64 else scores.float()
-        if bias is not None:
-            scores = scores + bias
+        wide = torch.promote_types(query.dtype, torch.float32)
+        along = (query.to(wide) @ self.keys[table].to(wide).t()).gather(-1, rows) * scale
         if causal:
             mask = relative <= 0 if mask is None else mask & (relative <= 0)
-        if mask is not None:
-            scores = scores.masked_fill(~mask, -math.inf)
-        empty = scores.amax(-1, keepdim=True) == -math.inf  # such rows would become 0/0: their weights are zeros
-        weights = scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
-
+        weights, empty = attention_weights(
+            query, key, mask=mask, bias=along if bias is None else along + bias, scale=scale
+        )
         used = F.dropout(weights, dropout) if dropout else weights
         # Summed in the wide dtype: the far end of a row may be thousands of small weights.
         sums = used.new_zeros(batch, n_heads, query_length, high - low + 1).scatter_add(-1, rows, used)
-        output = used.to(value.dtype).reshape(batch, n_kv_heads, group_rows, key_length) @ value
-        output = output.view(query.shape) + sums.to(value.dtype) @ self.values[table].to(value.dtype)
-        return (output, weights.to(value.dtype)) if return_weights else output
+        output = weighted_sum(used.to(value.dtype), value) + sums.to(value.dtype) @ self.values[table].to(value.dtype)
+        output = output.masked_fill(empty, 0.0)
+        return (output, weights.to(value.dtype).masked_fill(empty, 0.0)) if return_weights else output
 
     def extra_repr(self) -> str:
         return f"head_dim={self.keys.size(1)}, max_distance={self.max_distance}, bidirectional={self.bidirectional}"
