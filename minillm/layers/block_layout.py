@@ -15,6 +15,14 @@ DEAD, PARTIAL, FULL = 0, 1, 2
 _PAIRS_AT_ONCE = 2**18  # looked at together when a tile has to be looked into: 2 MiB of 8-byte integers
 
 
+def at_least(name: str, value: int, minimum: int) -> None:
+    """Raise TypeError unless ``value`` is an integer, ValueError unless it is ``minimum`` or more."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+
+
 @dataclass(frozen=True)
 class Extent:
     """First and last of each of several ranges of places, both included."""
@@ -192,13 +200,9 @@ def block_layout(pattern: "Pattern", query_length: int, key_length: int, block_s
 
     Remembered for the last 64 questions: a model asks the same one in every layer of every step.
     """
-    for name, value, minimum in (
-        ("query_length", query_length, 0),
-        ("key_length", key_length, 0),
-        ("block_size", block_size, 1),
-    ):
-        if value < minimum:
-            raise ValueError(f"{name} must be at least {minimum}, got {value}")
+    at_least("query_length", query_length, 0)
+    at_least("key_length", key_length, 0)
+    at_least("block_size", block_size, 1)
     offset = key_length - query_length
     query_starts, key_starts = (torch.arange(0, length, block_size) for length in (query_length, key_length))
     query_ends = (query_starts + block_size).clamp(max=query_length)

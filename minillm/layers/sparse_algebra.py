@@ -2,8 +2,8 @@
 
 A pattern is a rule over *places*, not a matrix. Keys stand at places ``0 .. key_length - 1`` and the last query stands
 at the last key, so query ``i`` stands at place ``i + key_length - query_length``: with a key/value cache the same rule
-goes on where it stopped. ``dense`` writes the rule out as a matrix; ``blocks`` finds the live tiles of that matrix
-without writing it out.
+goes on where it stopped (a rolling cache forgets the first keys, and then only bands keep their meaning). ``dense``
+writes the rule out as a matrix; ``blocks`` finds the live tiles of that matrix without writing it out.
 """
 
 from abc import ABC, abstractmethod
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minillm.layers.block_layout import BlockLayout, Extent, block_layout
+from minillm.layers.block_layout import BlockLayout, Extent, at_least, block_layout
 
 
 class Pattern(ABC):
@@ -32,6 +32,8 @@ class Pattern(ABC):
 
     def dense(self, query_length: int, key_length: int, *, device: torch.device | str | None = None) -> Tensor:
         """The whole matrix: boolean (query_length, key_length), True where a query may look."""
+        at_least("query_length", query_length, 0)
+        at_least("key_length", key_length, 0)
         place = torch.arange(key_length - query_length, key_length, device=device)
         key = torch.arange(key_length, device=device)
         result = torch.empty(query_length, key_length, dtype=torch.bool, device=device)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from minillm.layers.block_layout import Extent
+from minillm.layers.block_layout import Extent, at_least
 from minillm.layers.sparse_algebra import Pattern
 
 
@@ -27,8 +27,8 @@ class Band(Pattern):
     def __post_init__(self) -> None:
         for name, reach in (("behind", self.behind), ("ahead", self.ahead)):
             if reach is not None:
-                _at_least(name, reach, 0)
-        _at_least("dilation", self.dilation, 1)
+                at_least(name, reach, 0)
+        at_least("dilation", self.dilation, 1)
 
     def allowed(self, place: Tensor, key: Tensor, key_length: int) -> Tensor:
         distance = place - key
@@ -57,9 +57,9 @@ class BlockLocal(Pattern):
     ahead: int = 0
 
     def __post_init__(self) -> None:
-        _at_least("block_size", self.block_size, 1)
-        _at_least("behind", self.behind, 0)
-        _at_least("ahead", self.ahead, 0)
+        at_least("block_size", self.block_size, 1)
+        at_least("behind", self.behind, 0)
+        at_least("ahead", self.ahead, 0)
 
     def allowed(self, place: Tensor, key: Tensor, key_length: int) -> Tensor:
         distance = place // self.block_size - key // self.block_size
@@ -84,9 +84,9 @@ class GlobalTokens(Pattern):
     every: int | None = None
 
     def __post_init__(self) -> None:
-        _at_least("block_size", self.block_size, 1)
+        at_least("block_size", self.block_size, 1)
         if self.every is not None:
-            _at_least("every", self.every, 1)
+            at_least("every", self.every, 1)
             outside = [place for place in self.places if not 0 <= place * self.block_size < self.every]
             if outside:
                 raise ValueError(f"places must lie in [0, every), got {outside} with every={self.every}")
@@ -131,8 +131,8 @@ class RandomBlocks(Pattern):
     causal: bool = False
 
     def __post_init__(self) -> None:
-        _at_least("n_blocks", self.n_blocks, 0)
-        _at_least("block_size", self.block_size, 1)
+        at_least("n_blocks", self.n_blocks, 0)
+        at_least("block_size", self.block_size, 1)
 
     def _rank(self, row: Tensor, column: Tensor) -> Tensor:
         return _mix(_mix(row + _mix(torch.tensor(self.seed, device=row.device))) + column) << 31 | column
@@ -182,7 +182,7 @@ def band(behind: int, ahead: int | None = None) -> Pattern:
 
 def sliding_window(window: int) -> Pattern:
     """The last ``window`` keys, the query's own place included (Mistral's meaning, as in ``causal_mask``)."""
-    _at_least("window", window, 1)
+    at_least("window", window, 1)
     return Band(window - 1, 0)
 
 
@@ -205,7 +205,7 @@ def global_tokens(
     every: the same places again in each ``every`` tokens.
     """
     if isinstance(places, int):
-        _at_least("places", places, 0)
+        at_least("places", places, 0)
         places = range(places)
     return GlobalTokens(tuple(places), symmetric, block_size, every)
 
@@ -214,13 +214,6 @@ def random_blocks(n_blocks: int, *, block_size: int = 64, seed: int = 0, causal:
     """For each block of queries ``n_blocks`` blocks of keys, drawn by ``seed`` from all or, if ``causal``, from those
     up to its own (then all of them where there are fewer). ``block_size=1`` draws single keys."""
     return RandomBlocks(n_blocks, block_size, seed, causal)
-
-
-def _at_least(name: str, value: int, minimum: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < minimum:
-        raise ValueError(f"{name} must be at least {minimum}, got {value}")
 
 
 def _mix(x: Tensor) -> Tensor:
