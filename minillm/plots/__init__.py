@@ -3,6 +3,7 @@
 from minillm.plots.attention import attention_map
 from minillm.plots.bars import bars, format_bytes, memory_bars
 from minillm.plots.curves import loss_curve
+from minillm.plots.patterns import pattern_grid
 from minillm.plots.style import COLOURS, save, visible
 from minillm.plots.tokens import token_strip
 
@@ -13,6 +14,7 @@ __all__ = [
     "format_bytes",
     "loss_curve",
     "memory_bars",
+    "pattern_grid",
     "save",
     "token_strip",
     "visible",
