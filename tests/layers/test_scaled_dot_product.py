@@ -6,6 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from minillm.layers import (
     causal_mask,
@@ -69,39 +71,86 @@ def test_agrees_with_the_definition_in_float64(attention, seed, kv_heads, querie
         torch.testing.assert_close(got, want)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 def test_both_versions_agree_with_torchs_in_value_and_gradient(dtype, kv_heads):
     inputs = _inputs(kv_heads=kv_heads, queries=33, keys=33, dim=16, dtype=dtype)
     repeated = [inputs[0], *(t.repeat_interleave(4 // kv_heads, 1) for t in inputs[1:])]
-    expected = F.scaled_dot_product_attention(*repeated, is_causal=True)
+    expected = F.scaled_dot_product_attention(*(t.double() for t in repeated), is_causal=True)
     upstream = torch.randn_like(expected)
     wanted = torch.autograd.grad(expected, inputs, upstream)
-    tolerance = {torch.float32: 2e-6, torch.bfloat16: 2e-2}[dtype]
+    tolerance = TOLERANCES[dtype]
     for attention in VERSIONS:
         out = attention(*inputs, causal=True)
         assert out.dtype is dtype
-        torch.testing.assert_close(out, expected, atol=tolerance, rtol=tolerance)
-        for got, want in zip(torch.autograd.grad(out, inputs, upstream), wanted, strict=True):
+        torch.testing.assert_close(out.double(), expected, atol=tolerance, rtol=tolerance)
+        for got, want in zip(torch.autograd.grad(out, inputs, upstream.to(dtype)), wanted, strict=True):
             torch.testing.assert_close(got, want, atol=4 * tolerance, rtol=4 * tolerance)
 
 
-def test_rows_that_may_see_nothing_give_zeros_and_finite_gradients():
-    query, key, value = _inputs(dtype=torch.float32)
+@pytest.mark.parametrize("attention", VERSIONS)
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("kv_heads", [4, 1])
+@pytest.mark.parametrize("queries", [5, 1])
+@pytest.mark.parametrize("blocked", ["mask", "bias", "learned bias", "mask and bias"])
+def test_rows_that_may_see_nothing_give_zeros_and_no_gradient(attention, dtype, kv_heads, queries, blocked):
+    inputs = _inputs(kv_heads=kv_heads, queries=queries, dtype=dtype)
+    row = min(2, queries - 1)
+    mask = torch.ones(queries, 7, dtype=torch.bool)
+    mask[row] = False
+    bias = torch.zeros(4, queries, 7)
+    if blocked == "mask and bias":  # each leaves some keys, both together none
+        mask[row, :3] = True
+        bias[:, row, :3] = -torch.inf
+    elif blocked != "mask":
+        bias.masked_fill_(~mask, -torch.inf)
+    if blocked == "learned bias":
+        inputs.append(bias.requires_grad_())
+    options = {name: tensor for name, tensor in (("mask", mask), ("bias", bias)) if name in blocked}
+    out = attention(*inputs[:3], **options)
+    assert torch.equal(out[:, :, row], torch.zeros(2, 4, 8, dtype=dtype))
+    assert out.isfinite().all()
+    gradients = torch.autograd.grad(out.square().sum(), inputs)
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    assert not gradients[0][:, :, row].any()
+    if blocked == "learned bias":
+        assert not gradients[3][:, row].any()
+    if queries == 1:
+        assert not any(gradient.any() for gradient in gradients)
+
+
+def test_weights_of_rows_that_may_see_nothing_are_zeros_too():
+    inputs = _inputs(dtype=torch.float32)
     mask = torch.ones(5, 7, dtype=torch.bool)
     mask[2] = False
-    bias = torch.zeros(5, 7)
-    bias[2] = -torch.inf
-    for attention in VERSIONS:
-        for blocked in ({"mask": mask}, {"bias": bias}):
-            out = attention(query, key, value, **blocked)
-            assert torch.equal(out[:, :, 2], torch.zeros(2, 4, 8))
-            gradients = torch.autograd.grad(out.square().sum(), (query, key, value))
-            assert all(gradient.isfinite().all() for gradient in gradients)
-            assert not gradients[0][:, :, 2].any()
-    _, weights = scaled_dot_product_attention(query, key, value, mask=mask, return_weights=True)
+    _, weights = scaled_dot_product_attention(*inputs, mask=mask, return_weights=True)
     assert not weights[:, :, 2].any()
     torch.testing.assert_close(weights.sum(-1)[:, :, [0, 1, 3, 4]], torch.ones(2, 4, 4))
+    gradients = torch.autograd.grad(weights.square().sum(), inputs[:2])
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    assert not gradients[0][:, :, 2].any()
+
+
+@pytest.mark.parametrize("attention", VERSIONS)
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("batch", "queries", "keys"), [(0, 5, 7), (2, 5, 0), (2, 1, 0), (2, 0, 7), (2, 0, 0)])
+def test_nothing_to_attend_from_or_to(attention, kv_heads, causal, batch, queries, keys):
+    inputs = _inputs(batch, 4, kv_heads, queries, keys, dtype=torch.float32)
+    mask = torch.ones(queries, keys, dtype=torch.bool)
+    for options in ({}, {"mask": mask}, {"bias": torch.zeros(4, queries, keys)}):
+        out = attention(*inputs, causal=causal, **options)
+        assert out.shape == (batch, 4, queries, 8)
+        (gradient,) = torch.autograd.grad(out.sum(), inputs[:1])
+        assert gradient.isfinite().all()
+        if not keys:
+            assert not out.any()
+            assert not gradient.any()
+    _, weights = scaled_dot_product_attention(*inputs, causal=causal, return_weights=True)
+    assert weights.shape == (batch, 4, queries, keys)
 
 
 def test_more_causal_queries_than_keys_leave_the_first_without_a_key():
@@ -123,10 +172,57 @@ def test_weights_are_those_that_made_the_output_and_ungrouped():
     torch.testing.assert_close(out, weights @ value.repeat_interleave(2, 1))
 
 
-def test_extreme_scores_do_not_overflow():
-    query, key, value = _inputs(dtype=torch.float32)
-    for attention in VERSIONS:
-        assert attention(query * 1e4, key * 1e4, value).isfinite().all()
+@pytest.mark.parametrize("attention", VERSIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("kv_heads", [4, 1])
+def test_extreme_scores_do_not_overflow(attention, dtype, kv_heads):
+    """64 products of 128 by 128 are far above float16's largest number, 65504."""
+    query, key, value = _inputs(kv_heads=kv_heads, dim=64, dtype=dtype)
+    size = 2.0**7 if dtype is torch.float16 else 2.0**33
+    query, key = query.sign() * size, key.sign() * size
+    out = attention(query, key, value)
+    assert out.isfinite().all()
+    assert all(g.isfinite().all() for g in torch.autograd.grad(out.sum(), (query, key, value)))
+    expected = attention(query.double(), key.double(), value.double())
+    torch.testing.assert_close(out.double(), expected, atol=2e-3, rtol=2e-3)
+
+
+class _Allocations(TorchDispatchMode):
+    """The sizes, in bytes, of all memory that operations take for their results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        results = function(*args, **(kwargs or {}))
+        taken = {a.untyped_storage().data_ptr() for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)}
+        for result in tree_leaves(results):
+            if isinstance(result, Tensor) and result.untyped_storage().data_ptr() not in taken:
+                self.sizes.append(result.untyped_storage().nbytes())
+        return results
+
+
+@pytest.mark.parametrize("kv_heads", [2, 1])
+@pytest.mark.parametrize("case", ["generating", "generating with a bias", "chunk", "masked", "bias", "causal"])
+def test_shared_keys_are_not_repeated_in_memory_nor_are_scores_kept(kv_heads, case):
+    keys, queries = 256, {"generating": 1, "generating with a bias": 1, "causal": 256}.get(case, 4)
+    query, key, value = _inputs(2, 16, kv_heads, queries, keys, 32, dtype=torch.float32)
+    options = {"causal": case in ("chunk", "causal")}
+    if case == "masked":
+        options["mask"] = torch.rand(2, 1, 1, keys) > 0.5
+    if "bias" in case:
+        options["bias"] = torch.randn(16, queries, keys)  # ALiBi's shape
+    with _Allocations() as forward:
+        out = scaled_dot_product_attention(query, key, value, **options)
+    repeated = key.nbytes * 16 // kv_heads
+    if case == "causal":  # the output is as large as repeated keys, and the only thing to be
+        assert sorted(forward.sizes)[-2] < repeated
+    else:
+        assert sum(forward.sizes) < min(repeated, 2 * 16 * queries * keys * 4 + key.nbytes)
+    with _Allocations() as backward:
+        torch.autograd.grad(out, (key, value), torch.ones_like(out))
+    assert max(backward.sizes) <= max(key.nbytes, query.nbytes)
 
 
 @pytest.mark.parametrize("attention", VERSIONS)
