@@ -89,7 +89,8 @@ def attention_weights(
     # A group of query heads shares one key head. Laying the group's queries one after another makes it one matrix
     # product with that key head, so that the keys need not be repeated in memory.
     grouped = query.reshape(batch, n_kv_heads, (n_heads // n_kv_heads) * query_length, head_dim).to(wide)
-    scores = grouped @ key.to(wide).transpose(-2, -1) * (1 / math.sqrt(head_dim) if scale is None else scale)
+    grouped = grouped * (1 / math.sqrt(head_dim) if scale is None else scale)  # smaller than the scores
+    scores = grouped @ key.to(wide).transpose(-2, -1)
     scores = scores.view(batch, n_heads, query_length, key.size(2))
     if bias is not None:
         scores = scores + bias
@@ -195,7 +196,9 @@ def scaled_dot_product_attention(
         mask = triangle if mask is None else triangle & mask
         causal = False
     if bias is not None:
-        bias = bias.to(query.dtype)
+        # The CPU's kernels add a float32 bias to their float32 scores; rounded to bfloat16, one of 100 would be off by
+        # a quarter. Other devices' kernels want the dtype of the queries.
+        bias = bias.to(torch.promote_types(query.dtype, torch.float32) if query.is_cpu else query.dtype)
         mask = bias if mask is None else torch.where(mask, bias, -math.inf)
     if mask is not None:  # with three axes torch leaves its fused kernels: several times slower, and keys are repeated
         mask = mask[(None,) * (4 - mask.dim())]

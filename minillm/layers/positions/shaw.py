@@ -110,7 +110,7 @@ class ShawPositions(nn.Module):
         table = slice(low + k, high + k + 1)
 
         wide = torch.promote_types(query.dtype, torch.float32)
-        along = (query.to(wide) @ self.keys[table].to(wide).t()).gather(-1, rows) * scale
+        along = (query.to(wide) * scale @ self.keys[table].to(wide).t()).gather(-1, rows)
         if causal:
             mask = relative <= 0 if mask is None else mask & (relative <= 0)
         weights, empty = attention_weights(
