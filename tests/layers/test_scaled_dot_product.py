@@ -173,6 +173,24 @@ def test_weights_are_those_that_made_the_output_and_ungrouped():
 
 
 @pytest.mark.parametrize("attention", VERSIONS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("kv_heads", "queries"), [(4, 9), (2, 9), (2, 1)])
+@pytest.mark.parametrize("learned", [False, True])
+def test_a_bias_is_not_rounded_to_half_precision(attention, dtype, kv_heads, queries, learned):
+    """Around 1000 bfloat16 counts in steps of 4: differences of the bias between neighbours would be lost."""
+    inputs = _inputs(kv_heads=kv_heads, queries=queries, keys=9, dtype=dtype)
+    bias = (1000 + torch.randn(4, queries, 9)).requires_grad_(learned)
+    expected = attention(*(t.double() for t in inputs), bias=bias.double())
+    out = attention(*inputs, bias=bias)
+    assert out.dtype is dtype
+    torch.testing.assert_close(out.double(), expected, atol=2e-2, rtol=2e-2)
+    if learned:
+        (got,) = torch.autograd.grad(out.double().sum(), bias)
+        (want,) = torch.autograd.grad(expected.sum(), bias)
+        torch.testing.assert_close(got, want, atol=3e-2, rtol=3e-2)
+
+
+@pytest.mark.parametrize("attention", VERSIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("kv_heads", [4, 1])
 def test_extreme_scores_do_not_overflow(attention, dtype, kv_heads):
