@@ -1,11 +1,11 @@
 """Cross-attention: queries from one sequence, keys and values from another, which is read once and remembered."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, overload
 
 from torch import Tensor, nn
 
+from minillm.layers.attention import Attend
 from minillm.layers.positions import rotate
 from minillm.layers.scaled_dot_product import scaled_dot_product_attention
 
@@ -93,7 +93,7 @@ class CrossAttention(nn.Module):
         memory_rotation: tuple[Tensor, Tensor] | None = ...,
         mask: Tensor | None = ...,
         bias: Tensor | None = ...,
-        attend: Callable[..., Tensor | tuple[Tensor, Tensor]] = ...,
+        attend: Attend = ...,
         return_weights: Literal[False] = ...,
     ) -> Tensor: ...
     @overload
@@ -106,7 +106,7 @@ class CrossAttention(nn.Module):
         memory_rotation: tuple[Tensor, Tensor] | None = ...,
         mask: Tensor | None = ...,
         bias: Tensor | None = ...,
-        attend: Callable[..., Tensor | tuple[Tensor, Tensor]] = ...,
+        attend: Attend = ...,
         return_weights: Literal[True],
     ) -> tuple[Tensor, Tensor]: ...
     def forward(
@@ -118,7 +118,7 @@ class CrossAttention(nn.Module):
         memory_rotation: tuple[Tensor, Tensor] | None = None,
         mask: Tensor | None = None,
         bias: Tensor | None = None,
-        attend: Callable[..., Tensor | tuple[Tensor, Tensor]] = scaled_dot_product_attention,
+        attend: Attend = scaled_dot_product_attention,
         return_weights: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Attend from ``x`` (batch, seq, d_model) to ``memory``.

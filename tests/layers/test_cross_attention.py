@@ -64,10 +64,11 @@ def test_equals_torchs_multihead_attention(seed, memory_size, queries, keys, bia
     memory = torch.randn(2, keys, layer.memory_size, dtype=torch.float64, requires_grad=True)
     present = torch.rand(2, keys) > 0.4
     present[:, 0] = True  # torch gives NaN to a query that sees nothing
-    scores = torch.randn(queries, keys, dtype=torch.float64) if added else None
+    scores = torch.randn(3, queries, keys, dtype=torch.float64) if added else None
     padding = torch.zeros(2, keys, dtype=torch.float64).masked_fill(~present, -torch.inf) if padded else None
+    by_row = scores.repeat(2, 1, 1) if added else None  # torch wants a bias for each text and head
     expected, expected_weights = twin(
-        x, memory, memory, key_padding_mask=padding, attn_mask=scores, average_attn_weights=False
+        x, memory, memory, key_padding_mask=padding, attn_mask=by_row, average_attn_weights=False
     )
     mask = present[:, None, None] if padded else None
     out, weights = layer(x, memory, mask=mask, bias=scores, return_weights=True)
