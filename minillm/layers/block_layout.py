@@ -52,6 +52,13 @@ class LiveRow:
     def n_keys(self) -> int:
         return sum(stop - start for start, stop in self.runs)
 
+    @cached_property
+    def keys(self) -> slice | Tensor:
+        """The live keys: a slice where they are one range, else their numbers, int64 (n_keys,)."""
+        if len(self.runs) == 1:
+            return slice(*self.runs[0])
+        return torch.cat([torch.arange(start, stop) for start, stop in self.runs])
+
 
 @dataclass(frozen=True)
 class ExecutionCost:

@@ -1,7 +1,6 @@
-"""What block-sparse attention's forward and backward share: how a row of tiles is cut out of the tensors."""
+"""How block-sparse attention walks over the rows of tiles: what its forward and its backward share."""
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -12,7 +11,7 @@ _LOG2_E = math.log2(math.e)
 
 
 class Walk:
-    """What forward and backward share: the tensors by groups of heads, and how a row of tiles is cut out of them."""
+    """The tensors by groups of heads, and how a row of tiles is cut out of them."""
 
     def __init__(
         self,
@@ -67,13 +66,15 @@ class Walk:
 
     def add_to_bias(self, d_bias: Tensor, row: LiveRow, d_scores: Tensor) -> None:
         """Add the row's part of the bias's gradient, summed over what the bias was broadcast over."""
-        by_head, column = self._by_head(d_scores), 0
         queries = slice(row.start, row.stop) if d_bias.size(2) > 1 else slice(None)
-        for start, stop in row.runs:
-            keys = slice(start, stop) if d_bias.size(3) > 1 else slice(None)
-            target = d_bias[:, :, queries, keys]
-            target += by_head[..., column : column + stop - start].sum_to_size(target.shape)
-            column += stop - start
+        target, part = d_bias[:, :, queries], self._by_head(d_scores)
+        part = part.sum_to_size(*target.shape[:3], part.size(3) if target.size(3) > 1 else 1)
+        if target.size(3) == 1:
+            target += part
+        elif isinstance(row.keys, slice):
+            target[..., row.keys] += part
+        else:
+            target.index_add_(3, row.keys.to(target.device), part)
 
     def kept(self, number: int, weights: Tensor) -> Tensor:
         """The dropout mask of row ``number``, scaled: the same numbers each time it is asked for."""
@@ -88,24 +89,27 @@ class Walk:
         return scores.view(self.batch, self.n_heads, -1, scores.size(-1))
 
 
-def side_by_side(tensor: Tensor, runs: Sequence[tuple[int, int]]) -> Tensor:
-    """Ranges of (n, key_length, .) laid side by side: (n, live keys, .); a single range is not copied."""
-    parts = [tensor[:, start:stop] for start, stop in runs]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+def live(tensor: Tensor, row: LiveRow, dim: int = 1) -> Tensor:
+    """The row's live keys of ``tensor`` side by side; a single range of them is not copied."""
+    if isinstance(row.keys, slice):
+        return tensor.narrow(dim, row.keys.start, row.keys.stop - row.keys.start)
+    return tensor.index_select(dim, row.keys.to(tensor.device))
 
 
-def add_side_by_side(tensor: Tensor, runs: Sequence[tuple[int, int]], part: Tensor) -> None:
-    column = 0
-    for start, stop in runs:
-        tensor[:, start:stop] += part[:, column : column + stop - start]
-        column += stop - start
+def add_product(total: Tensor, row: LiveRow, left: Tensor, right: Tensor, scale: float = 1.0) -> None:
+    """``total[live keys] += scale * left^T right`` for left (n, g * rows, live keys) and right (n, g * rows, .)."""
+    if isinstance(row.keys, slice) and total.dtype == left.dtype:
+        target = total[:, row.keys]
+        torch.baddbmm(target, left.mT, right, alpha=scale, out=target)
+    elif isinstance(row.keys, slice):
+        total[:, row.keys].add_(torch.bmm(left.mT, right), alpha=scale)
+    else:
+        part = torch.bmm(left.mT, right).to(total.dtype)
+        total.index_add_(1, row.keys.to(total.device), part, alpha=scale)
 
 
 def _cut(tensor: Tensor, row: LiveRow) -> Tensor:
     """A row of tiles out of something that broadcasts to (batch, n_heads, query_length, key_length)."""
     if tensor.size(2) > 1:
         tensor = tensor[:, :, row.start : row.stop]
-    if tensor.size(3) == 1:
-        return tensor
-    parts = [tensor[..., start:stop] for start, stop in row.runs]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 3)
+    return tensor if tensor.size(3) == 1 else live(tensor, row, 3)
