@@ -1,6 +1,7 @@
 """What attention costs: torch's FLOP counter, the tensors autograd really keeps, real caches, and printed figures."""
 
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
@@ -25,10 +26,12 @@ from minillm.layers import (
     CrossAttention,
     KVCache,
     MultiHeadAttention,
+    block_sparse_attention,
     causal_mask,
     plain_scaled_dot_product_attention,
     scaled_dot_product_attention,
 )
+from minillm.layers.sparse_patterns import block_local, causal, global_tokens, sliding_window
 from minillm.models import TransformerConfig, presets
 
 configs = st.builds(
@@ -131,6 +134,17 @@ def test_a_models_attention_is_its_layers_and_a_live_share_scales_the_scores_alo
     dense, sparse = attention_flops_by_part(config, seq), attention_flops_by_part(config, seq, live=0.125)
     for part, flops in dense.items():
         assert sparse[part] == (flops / 8 if part in ("scores", "weighted_sum") else flops)
+
+
+@pytest.mark.parametrize("pattern", [sliding_window(20), block_local(32), sliding_window(16) | global_tokens(3)])
+@pytest.mark.parametrize("n_kv_heads", [4, 2])
+def test_a_sparse_layers_products_are_the_live_share_of_the_dense_ones(pattern, n_kv_heads):
+    config = TransformerConfig(vocab_size=5, d_model=32, n_heads=4, n_kv_heads=n_kv_heads)
+    layer, x = _self_attention(config), torch.randn(2, 128, 32)
+    attend = partial(block_sparse_attention, pattern=pattern & causal(), block_size=16)
+    live = (pattern & causal()).blocks(128, 128, 16).computed_pairs / 128**2
+    assert live < 0.5
+    assert _counted(lambda: layer(x, attend=attend)) == attention_flops(config, 128, batch_size=2, live=live)
 
 
 @examples
