@@ -161,7 +161,9 @@ def scaled_dot_product_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``softmax(query key^T * scale + bias) value`` over the keys a query may see (Vaswani et al. 2017, eq. 1).
 
-    Runs on torch's fused kernels; with ``return_weights`` on the written-out version, which gives the same numbers.
+    Runs on torch's fused kernels, which keep no scores and read shared key heads where they are; with
+    ``return_weights`` on the written-out version, which gives the same numbers. On a CPU torch has no fused kernel for
+    dropout, for a bias that learns and for value_dim other than head_dim: there it repeats the keys and keeps scores.
 
     Args:
         query: (batch, n_heads, query_length, head_dim), floating point.
