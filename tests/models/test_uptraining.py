@@ -41,13 +41,13 @@ def _with_equal_heads(model: Transformer, n_groups: int) -> Transformer:
 TOKENS = torch.arange(24).reshape(2, 12)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     seed=st.integers(0, 2**31),
     heads=st.sampled_from([(4, 4, 2), (4, 4, 1), (4, 2, 1), (6, 6, 3), (6, 6, 2), (1, 1, 1)]),
     bias=st.booleans(),
     tied=st.booleans(),
-    positions=st.sampled_from(["learned", "rope"]),
+    positions=st.sampled_from(["learned", "sinusoidal", "rope", "alibi", "t5", "shaw", "none"]),
 )
 def test_the_mean_is_that_of_each_groups_rows_and_nothing_else_changes(seed, heads, bias, tied, positions):
     torch.manual_seed(seed)
