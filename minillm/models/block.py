@@ -56,6 +56,7 @@ class TransformerBlock(nn.Module):
         mask: Tensor | None = None,
         bias: Tensor | None = None,
         causal: bool = True,
+        attend: Attend = scaled_dot_product_attention,
         cache: LayerKVCache | None = None,
     ) -> Tensor:
         attended = self.attention(
@@ -64,14 +65,9 @@ class TransformerBlock(nn.Module):
             mask=mask,
             bias=bias,
             causal=causal,
+            attend=attend if self.relative is None else self.relative,
             cache=cache,
-            attend=self.attend,
         )
         x = x + self.dropout(attended)
         out: Tensor = x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
         return out
-
-    @property
-    def attend(self) -> Attend:
-        """What computes this block's attention."""
-        return scaled_dot_product_attention if self.relative is None else self.relative

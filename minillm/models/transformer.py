@@ -1,10 +1,12 @@
 """The decoder-only transformer (GPT, Llama): embedding, a stack of pre-norm blocks, a final norm, an output head."""
 
 import math
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.nn import functional as F
 
 from minillm.layers.kv_cache import KVCache
@@ -16,6 +18,8 @@ from minillm.layers.positions import (
     SinusoidalPositions,
 )
 from minillm.layers.scaled_dot_product import causal_mask
+from minillm.layers.sparse_attention import block_sparse_attention
+from minillm.layers.sparse_patterns import sliding_window
 from minillm.models.block import TransformerBlock, norm
 from minillm.models.config import TransformerConfig
 from minillm.models.modes import evaluation_mode
@@ -151,16 +155,10 @@ class Transformer(nn.Module):
         keys = seq if cache is None else cache.n_keys(seq)
         if mask is not None and mask.dim() and mask.size(-1) == start + seq:
             mask = mask[..., -keys:]  # what a rolling cache has forgotten need not be masked
-        mask, bias, causal = self._visible(seq, keys, mask, tokens.device)
-        return self.dropout(x), {"rotation": rotation, "mask": mask, "bias": bias, "causal": causal}
+        return self.dropout(x), {"rotation": rotation, **self._visible(seq, keys, mask, tokens.device)}
 
-    def _visible(
-        self, seq: int, keys: int, mask: Tensor | None, device: torch.device
-    ) -> tuple[Tensor | None, Tensor | None, bool]:
-        """Mask and bias of ``seq`` queries at the end of ``keys`` keys, and whether causality is still to do.
-
-        Put together once here rather than in every layer.
-        """
+    def _visible(self, seq: int, keys: int, mask: Tensor | None, device: torch.device) -> dict[str, Any]:
+        """What ``seq`` queries at the end of ``keys`` keys may see, put together once rather than in every layer."""
         window = self.config.window
         if window is not None and keys <= window:
             window = None
@@ -168,6 +166,9 @@ class Transformer(nn.Module):
         if seq == 1:  # a branch, not `causal = seq > 1`: the compiler may keep that symbolic, and kernels refuse it
             causal = False
         bias = None if self.position_bias is None else self.position_bias(seq, keys)
+        if window is not None and self._pays_sparse(seq, window, device):
+            attend = partial(block_sparse_attention, pattern=sliding_window(window))
+            return {"mask": mask, "bias": bias, "causal": False, "attend": attend}
         if window is not None or (causal and (mask is not None or bias is not None or seq < keys)):
             triangle = causal_mask(seq, keys, window=window, device=device)
             if bias is not None:
@@ -175,7 +176,16 @@ class Transformer(nn.Module):
             else:
                 mask = triangle if mask is None else triangle & mask
             causal = False
-        return mask, bias, causal
+        return {"mask": mask, "bias": bias, "causal": causal}
+
+    def _pays_sparse(self, seq: int, window: int, device: torch.device) -> bool:
+        """Whether computing the window's live tiles alone is faster than masking all (``benchmarks/attention.py``).
+
+        On other devices the fused kernels are too fast for a walk in Python, and a compiler cannot follow it; Shaw's
+        positions bring an attention of their own.
+        """
+        long_enough = seq >= 512 and seq >= 4 * window
+        return long_enough and device.type == "cpu" and self.config.positions != "shaw" and not is_compiling()
 
     def new_cache(self, batch_size: int, capacity: int | None = None) -> KVCache:
         """An empty cache for this model, in its dtype and on its device; ``capacity`` None is context_length."""
@@ -201,6 +211,7 @@ class Transformer(nn.Module):
             for module in self.blocks:
                 block = cast(TransformerBlock, module)
                 normed = block.attention_norm(x)
-                weights.append(block.attention(normed, **sight, attend=block.attend, return_weights=True)[1])
+                own = {} if block.relative is None else {"attend": block.relative}
+                weights.append(block.attention(normed, **(sight | own), return_weights=True)[1])
                 x = block(x, **sight)
         return weights

@@ -3,6 +3,8 @@
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from minillm.costs import parameters, parameters_by_part
 from minillm.inference import generate
@@ -14,12 +16,23 @@ SCHEMES = ["learned", "sinusoidal", "shaw", "t5", "rope", "alibi", "none"]
 
 def _model(positions: str, **changes: object) -> Transformer:
     fields = {"d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "relative_distance": 20} | changes
-    config = TransformerConfig(vocab_size=29, context_length=40, positions=positions, **fields)
+    config = TransformerConfig(**{"vocab_size": 29, "context_length": 40, "positions": positions} | fields)
     model = Transformer(config.replace(initializer_std=0.3)).eval()
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.1)
     return model
+
+
+class _LargestTensor(TorchDispatchMode):
+    """The most elements that any operation's result has."""
+
+    size = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        results = function(*args, **(kwargs or {}))
+        self.size = max([self.size, *(result.numel() for result in tree_leaves(results) if torch.is_tensor(result))])
+        return results
 
 
 @pytest.mark.parametrize("window", [None, 1, 5])
@@ -149,3 +162,32 @@ def test_schemes_that_cannot_be_built_are_refused_by_name(fields, message):
 def test_more_tokens_than_the_context_are_refused(positions):
     with pytest.raises(ValueError, match="context_length is 40, got 41 tokens"):
         _model(positions)(torch.zeros(1, 41, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("positions", SCHEMES)
+def test_long_texts_with_a_window_give_what_masking_gives(positions, padded):
+    windowed = _model(positions, window=24, relative_distance=20, context_length=530, n_layers=1)
+    plain = _model(positions, relative_distance=20, context_length=530, n_layers=1)
+    plain.load_state_dict(windowed.state_dict())
+    tokens = torch.randint(0, 29, (2, 530))
+    distance = torch.arange(530)[:, None] - torch.arange(530)
+    padding = torch.ones(2, 1, 1, 530, dtype=torch.bool)
+    if padded:
+        padding[1, ..., :100] = False
+    got = windowed(tokens, mask=padding if padded else None)
+    expected = plain(tokens, mask=(distance < 24) & padding)
+    seen = padding[:, 0, 0]
+    torch.testing.assert_close(got[seen], expected[seen], atol=1e-4, rtol=1e-4)
+    upstream = torch.randn_like(got[seen])
+    got[seen].backward(upstream)
+    expected[seen].backward(upstream)
+    for ours, theirs in zip(windowed.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-3, rtol=1e-3)
+
+
+def test_a_window_makes_no_square_of_the_length():
+    model = _model("rope", window=16, context_length=2048, n_layers=1)
+    with _LargestTensor() as largest:
+        model(torch.randint(0, 29, (1, 2048))).sum().backward()
+    assert largest.size <= 2048 * 128  # the feed-forward's
