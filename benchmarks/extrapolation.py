@@ -12,15 +12,15 @@ same tokens, and only how much text stands before them differs. Two means of the
     loss     over all tokens, as in the paper. It falls with L for two reasons: fewer tokens stand near the beginning of
              a window ("the early-token curse"), and more context may be of use.
     tail     over the last 128 tokens of the blocks, which at length L have L - 128 ... L - 1 tokens before them (at
-             128: 0 ... 127). ``sliding`` is the loss of the same tokens when each is given the 112 ... 127 tokens before
-             it: the best that a model can do which was trained at 128 and is never shown more. Below it, longer context
+             128: 0 ... 127). ``sliding`` is the loss of the same tokens when each has the 112 ... 127 tokens before it:
+             the best that a model can do which was trained at 128 and is never shown more. Below it, longer context
              helps; between it and ``tail`` at 128, it only does away with the early-token curse.
 
 RoPE is also evaluated with its angles rescaled by ``factor = L / 128`` (linear interpolation, NTK-aware, YaRN), without
 training and, at the longest length, after fine-tuning there for a few steps.
 
 The second half measures a training step of each scheme side by side: CPU time on one thread, the schemes taking turns,
-and the peak of the memory that torch allocates within a step, beside what Press et al. report of ALiBi over sinusoidal.
+and the peak of the bytes of tensors alive within a step, beside what Press et al. report of ALiBi over sinusoidal.
 
 The file is written after every model; the same command goes on where an interrupted one stopped. Its keys:
 
@@ -39,10 +39,12 @@ The file is written after every model; the same command goes on where an interru
         sliding          nats per token of the tail's tokens with the 112-127 tokens before them; variant "" only
     summary              {"alibi": {"loss": {"128": [mean, least, greatest], ...}, "tail": ..., "sliding": [...]},
                          "rope linear": ..., ...}: over the seeds
-    overhead             {"d_model", ..., "batch_size", "rounds", "paper": {...}, "rows": {scheme: row}}; in a row
+    overhead             a list, one entry a length: {"d_model", ..., "length", "batch_size", "rounds", "paper": {...},
+                         "rows": {scheme: row}}; "sinusoidal, mask" has its causal mask as a matrix, as every model had
+                         in the paper's day; the others leave it to torch's kernel where they can. In a row
         cpu_ms           [median, least, greatest] of a training step
         over_sinusoidal  the median over the rounds of its time over sinusoidal's in the same round, less one
-        peak_mib         the most that is allocated at once within a step (activations, gradients, scratch)
+        peak_mib         the most bytes of tensors alive at once within a step, beyond parameters and optimizer state
         peak_over_sinusoidal_mib
 """
 
@@ -61,6 +63,7 @@ import platform
 import statistics
 import tempfile
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -68,9 +71,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from minillm.data import TokenDataset, load_corpus
 from minillm.data.split import split_documents
+from minillm.layers import causal_mask
 from minillm.layers.positions import LinearScaling, NTKScaling, YarnScaling
 from minillm.layers.positions.rope_scaling import RopeScaling
 from minillm.models import Transformer, TransformerConfig
@@ -94,6 +100,7 @@ class Settings:
     n_heads: int = 4
     vocab_size: int = 512
     initializer_std: float = 0.125  # d_model**-0.5: embeddings as large as sinusoids, once multiplied by d_model**0.5
+    shaw_distance: int = 16  # as in Shaw et al. 2018; at train_length or above, the vector of all farther is untrained
     train_length: int = 128
     lengths: tuple[int, ...] = (128, 256, 512, 1024, 2048)
     batch_size: int = 8
@@ -113,6 +120,7 @@ class Settings:
             n_heads=self.n_heads,
             positions=scheme,  # type: ignore[arg-type]  # checked there
             initializer_std=self.initializer_std,
+            relative_distance=self.shaw_distance if scheme == "shaw" else self.train_length,
         )
 
 
@@ -295,9 +303,14 @@ class OverheadSettings:
     rounds: int = 7
 
 
+OVERHEADS = (OverheadSettings(length=512, batch_size=2), OverheadSettings(length=1024, batch_size=1))
+QUICK_OVERHEADS = (OverheadSettings(d_model=64, n_layers=2, length=128, rounds=2),)
+
+
 def overhead(settings: OverheadSettings) -> dict[str, Any]:
     """Time and memory of a training step of each scheme, the schemes taking turns."""
     steps = {scheme: _step(settings, scheme) for scheme in SCHEMES}
+    steps["sinusoidal, mask"] = _step(settings, "sinusoidal", masked=True)
     for step in steps.values():
         step()
     seconds: dict[str, list[float]] = {scheme: [] for scheme in steps}
@@ -319,7 +332,7 @@ def overhead(settings: OverheadSettings) -> dict[str, Any]:
     return asdict(settings) | {"paper": PAPER, "rows": rows}
 
 
-def _step(settings: OverheadSettings, scheme: str) -> Callable[[], None]:
+def _step(settings: OverheadSettings, scheme: str, *, masked: bool = False) -> Callable[[], None]:
     torch.manual_seed(0)
     model = Transformer(
         TransformerConfig(
@@ -335,7 +348,8 @@ def _step(settings: OverheadSettings, scheme: str) -> Callable[[], None]:
     tokens = torch.randint(settings.vocab_size, (settings.batch_size, settings.length + 1))
 
     def step() -> None:
-        loss = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+        mask = causal_mask(settings.length, settings.length) if masked else None
+        loss = F.cross_entropy(model(tokens[:, :-1], mask=mask).flatten(0, 1), tokens[:, 1:].flatten())
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -343,16 +357,44 @@ def _step(settings: OverheadSettings, scheme: str) -> Callable[[], None]:
     return step
 
 
+class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of the tensors that operations make, while they live. What was there before does not count."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.held, self.peak = 0, 0
+        self._known = set[int]()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self._count((args, kwargs), made=False)
+        result = func(*args, **(kwargs or {}))
+        self._count(result, made=True)
+        self.peak = max(self.peak, self.held)
+        return result
+
+    def _count(self, tensors: Any, *, made: bool) -> None:
+        for tensor in tree_leaves(tensors):
+            if not isinstance(tensor, Tensor):
+                continue
+            storage = tensor.untyped_storage()
+            if id(storage) not in self._known:
+                self._known.add(id(storage))
+                n_bytes = storage.nbytes() if made else 0
+                self.held += n_bytes
+                weakref.finalize(storage, self._forget, id(storage), n_bytes)
+
+    def _forget(self, key: int, n_bytes: int) -> None:
+        self._known.discard(key)
+        self.held -= n_bytes
+
+
 def peak_bytes(step: Callable[[], None]) -> int:
-    """The most bytes that torch's CPU allocator holds at once within ``step``, beyond what it held before."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    """The most bytes of tensors that live at once within ``step``, beyond what there was before."""
+    with _LiveBytes() as live:
         step()
-    results = profile.profiler.kineto_results
-    changes = [(event.start_ns(), event.nbytes()) for event in results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for _, n_bytes in sorted(changes, key=lambda change: change[0]):
-        held += n_bytes
-        peak = max(peak, held)
+    peak: int = live.peak
     return peak
 
 
@@ -380,11 +422,11 @@ def show_overhead(result: dict[str, Any]) -> None:
         f"{result['batch_size']} x {result['length']} tokens; ALiBi over sinusoidal in the paper: "
         f"{PAPER['time']}, {PAPER['memory']}"
     )
-    print(f"{'':12}{'CPU ms':>9}{'min':>9}{'max':>9}{'over sinusoidal':>17}{'peak MiB':>10}{'more':>8}")
+    print(f"{'':18}{'CPU ms':>9}{'min':>9}{'max':>9}{'over sinusoidal':>17}{'peak MiB':>10}{'more':>8}")
     for scheme, row in result["rows"].items():
         median, least, greatest = row["cpu_ms"]
         print(
-            f"{scheme:12}{median:9.1f}{least:9.1f}{greatest:9.1f}{row['over_sinusoidal']:17.1%}"
+            f"{scheme:18}{median:9.1f}{least:9.1f}{greatest:9.1f}{row['over_sinusoidal']:17.1%}"
             f"{row['peak_mib']:10.1f}{row['peak_over_sinusoidal_mib']:8.1f}"
         )
 
@@ -398,7 +440,6 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     settings = QUICK if arguments.quick else Settings()
-    costs = OverheadSettings(d_model=64, n_layers=2, length=128, rounds=2) if arguments.quick else OverheadSettings()
     seeds = range(1 if arguments.quick else arguments.seeds)
     result: dict[str, Any] = {
         "benchmark": "extrapolation",
@@ -432,9 +473,10 @@ def main() -> None:
                 print(f"seed {seed}  {scheme:11}{runs[0]['cpu_seconds']:6.0f} CPU-s   {tail}", flush=True)
     show(result["summary"], settings.lengths)
     if "overhead" not in result:
-        result["overhead"] = overhead(costs)
+        result["overhead"] = [overhead(case) for case in (QUICK_OVERHEADS if arguments.quick else OVERHEADS)]
         write(arguments.json, result)
-    show_overhead(result["overhead"])
+    for case in result["overhead"]:
+        show_overhead(case)
 
 
 if __name__ == "__main__":
