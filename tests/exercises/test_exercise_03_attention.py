@@ -294,6 +294,15 @@ class TestExercise03(ExerciseTests):
                 "their gradient is not that of the softmax",
             ),
             "torch's own": ("def safe_softmax(scores):\n    return scores.softmax(-1)", "uses softmax"),
+            "torch's own, through F": (
+                softmax(result="F.softmax(scores, -1)"),
+                "uses torch.nn.functional.softmax",
+            ),
+            "torch's own attention": (
+                "def attention(query, key, value, *, mask=None, causal=False):\n"
+                "    return F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal)",
+                "uses torch.nn.functional.scaled_dot_product_attention",
+            ),
             "no scale": (attended(scores="query @ key.mT"), "the scale is forgotten"),
             "divided by head_dim": (attended(scores="query @ key.mT / d"), "square root of head_dim, not by head_dim"),
             "multiplied": (attended(scores="query @ key.mT * d**0.5"), "you multiply by it"),
@@ -371,9 +380,14 @@ class TestExercise03(ExerciseTests):
             "keys are not transposed": (attended(scores="query @ key / d**0.5"), "RuntimeError"),
             "values detached": (attended(after="value = value.detach()"), "no gradient reaches the value"),
             "query detached": (attended(before="query = query.detach()"), "no gradient reaches the query"),
+            "float32 comes out": (
+                attended(after="value, weights = value.float(), weights.float()"),
+                "give torch.float64; yours is torch.float32",
+            ),
+            "the weights too": (attended().replace("weights @ value", "weights @ value, weights"), "yours is a tuple"),
             "made anew": (
                 attended(before="query, key, value = (torch.tensor(t.tolist()) for t in (query, key, value))"),
-                "RuntimeError",
+                "yours is torch.float32",
             ),
             "made anew in float64": (
                 attended(
@@ -429,6 +443,7 @@ class TestExercise03(ExerciseTests):
                 "the scores are scaled twice",
             ),
             "the output layer forgotten": (several(out="merge_heads(found)"), "the layer `output` comes last"),
+            "float32 comes out": (several(out="output(merge_heads(found)).float()"), "yours is torch.float32"),
             "one head": (
                 several(
                     heads="query, key, value = (part[:, None] for part in (query, key, value))",
@@ -469,6 +484,10 @@ class TestExercise03(ExerciseTests):
             ),
         },
         "3.3": {
+            "minillm's own": (
+                "from minillm.layers import scaled_dot_product_attention as grouped_query_attention",
+                "uses minillm.layers.scaled_dot_product_attention",
+            ),
             "every second head": (
                 grouped(
                     rows="rearrange(query, 'b (g kv) n d -> b kv (g n) d', kv=kv)",
@@ -547,6 +566,7 @@ class TestExercise03(ExerciseTests):
                 grouped(out="rearrange(out, 'b kv (n g) d -> b (kv g) n d', n=n)"),
                 "do the heads and the rows come back in their order",
             ),
+            "float32 comes out": (grouped(out=FOLDS["out"] + ".float()"), "yours is torch.float32"),
             "key head 0 for all": (
                 GROUPED.format(
                     body="return torch.cat([attention(query[:, i:i + 1], key[:, :1], value[:, :1], causal=causal)"
@@ -754,6 +774,7 @@ class TestExercise03(ExerciseTests):
                 ),
                 "a query's weights must add up to 1 over all its live blocks together",
             ),
+            "float32 comes out": (blocks(out=BLOCK["out"] + ".float()"), "yours is torch.float32"),
             "the last live block left out": (blocks(last="max(live[-1], 1) * block_size"), "is wrong"),
             "the values detached": (
                 blocks(out=BLOCK["out"].replace("value[:, :, first:last]", "value[:, :, first:last].detach()")),
@@ -761,7 +782,11 @@ class TestExercise03(ExerciseTests):
             ),
             "no zeros for queries without keys": (
                 blocks().replace("if not live:", "if not live: continue\n        if not live:"),
-                "yours is",
+                "here (2, 2, 9, 5); yours is (2, 2, 5, 5)",
+            ),
+            "fails on queries without keys": (
+                blocks().replace("if not live:", "if False:"),
+                "a block of queries without live keys",
             ),
         },
         "3.7": {

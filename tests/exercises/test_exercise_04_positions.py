@@ -264,6 +264,12 @@ def sine_table(length, d_model, *, start=0, base=10000.0):
             "only the blocks": (sines(matrix="m[:2, :2]"), "shift_matrix returns a matrix (d_model, d_model)"),
         },
         "4.2": {
+            "minillm's own": (
+                "from minillm.layers.positions import RotaryEmbedding\n\n"
+                "def rotate(x, *, start=0, base=10000.0):\n"
+                "    return RotaryEmbedding(x.shape[-1], base=base)(x, torch.arange(start, start + x.shape[2]))",
+                "uses minillm.layers.positions.RotaryEmbedding",
+            ),
             "the interleaved layout": (
                 rotated(
                     halves="(x[..., 0::2], x[..., 1::2])",
@@ -549,6 +555,7 @@ def sine_table(length, d_model, *, start=0, base=10000.0):
                 shaw(scores="(query.div_(d**0.5) @ key.mT + (query @ table.T).gather(-1, index.expand(b, h, -1, -1)))"),
                 "shaw_scores changes a tensor that it was given",
             ),
+            "float32 comes out": (shaw(scores="(" + SHAWS["scores"] + ").float()"), "yours are torch.float32"),
             "max_distance is the table's length": (shaw(distance="len(table)"), "Error"),
         },
         "4.6": {
@@ -821,6 +828,17 @@ def t5_bucket(relative_position, *, bidirectional, n_buckets=32, max_distance=12
         return first + e + m
     flat = [one(r) for r in relative_position.flatten().tolist()]
     return torch.tensor(flat).reshape(relative_position.shape)
+""",
+    ),
+    "edges and bucketize": (
+        "4.6",
+        """
+def t5_bucket(relative_position, *, bidirectional, n_buckets=32, max_distance=128):
+    n = n_buckets // 2 if bidirectional else n_buckets
+    e = n // 2
+    edges = list(range(1, e)) + [math.ceil(e * (max_distance / e) ** (m / (n - e)) - 1e-9) for m in range(n - e)]
+    distance = relative_position.abs() if bidirectional else relative_position.neg().relu()
+    return torch.bucketize(distance, torch.tensor(edges), right=True) + n * (relative_position > 0) * bidirectional
 """,
     ),
     "math.log": (
