@@ -11,7 +11,7 @@ from torch.nn import functional as F
 def causal_mask(
     query_length: int, key_length: int, *, window: int | None = None, device: torch.device | None = None
 ) -> Tensor:
-    """Boolean (query_length, key_length), True where a query may look: at no key behind its own place.
+    """Boolean (query_length, key_length), True where a query may look: at no key after its own place.
 
     The last query stands at the last key (as when earlier keys come from a cache), so query ``i`` sees keys
     ``j <= i + key_length - query_length``. With ``window`` it sees the last ``window`` of those, its own place included
@@ -173,7 +173,7 @@ def scaled_dot_product_attention(
         value: (batch, n_kv_heads, key_length, value_dim).
         mask: boolean, True where a query may look; broadcasts to (batch, n_heads, query_length, key_length).
         bias: added to the scaled scores, floating point; broadcasts likewise.
-        causal: no query looks at keys behind its own place; the last query stands at the last key. Adds to ``mask``.
+        causal: no query looks at keys after its own place; the last query stands at the last key. Adds to ``mask``.
         scale: of the scores; None is ``1 / sqrt(head_dim)``.
         dropout: probability of zeroing a weight, whatever the training mode (the caller knows it).
         return_weights: give the weights too: (batch, n_heads, query_length, key_length), before dropout.

@@ -168,7 +168,7 @@ def rope_decay(
 ) -> Tensor:
     """How far a score at a distance can be held up by the turned pairs (Su et al. 2021, section 3.4.3).
 
-    Read each pair of query and key as a complex number, let ``h_j = q_j conj(k_j)`` (0 behind the last pair), and
+    Read each pair of query and key as a complex number, let ``h_j = q_j conj(k_j)`` (0 after the last pair), and
     ``S_j`` the sum of ``exp(i * distance * frequency)`` over the first ``j`` pairs. Summed by parts, a score is at most
     ``max_j |h_{j+1} - h_j|`` times the sum of all ``|S_j|``. Returned is their mean, as in the paper's figure 2:
     highest at distance 0, where it is ``(head_dim / 2 + 1) / 2``, and falling, though not steadily. It bounds what a
