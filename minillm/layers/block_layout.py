@@ -52,12 +52,9 @@ class LiveRow:
     def n_keys(self) -> int:
         return sum(stop - start for start, stop in self.runs)
 
-    @cached_property
-    def keys(self) -> slice | Tensor:
-        """The live keys: a slice where they are one range, else their numbers, int64 (n_keys,)."""
-        if len(self.runs) == 1:
-            return slice(*self.runs[0])
-        return torch.cat([torch.arange(start, stop) for start, stop in self.runs])
+    def tiles(self, block_size: int) -> Tensor:
+        """The numbers of the live tiles, int64; a narrower one at the ragged end is left out."""
+        return torch.cat([torch.arange(start // block_size, stop // block_size) for start, stop in self.runs])
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from minillm.layers.attention_arguments import check_attention
 from minillm.layers.block_layout import BlockLayout
-from minillm.layers.scaled_dot_product import check_attention, plain_scaled_dot_product_attention
+from minillm.layers.scaled_dot_product import plain_scaled_dot_product_attention
 from minillm.layers.sparse_algebra import Pattern
 from minillm.layers.sparse_patterns import causal as causal_pattern
-from minillm.layers.sparse_walk import Walk, add_product, live
+from minillm.layers.sparse_walk import Walk
 
 
 @overload
@@ -154,7 +155,7 @@ class _BlockSparse(torch.autograd.Function):
         output = walk.value.new_zeros(*walk.query.shape[:3], value.size(3))  # queries in dead rows stay at zero
         log_sums = walk.query.new_full((*walk.query.shape[:3], 1), math.inf, dtype=walk.accumulate)
         for number, row in enumerate(layout.rows):
-            keys, values = live(walk.key, row), live(walk.value, row)
+            keys, values = walk.live(walk.key, row), walk.live(walk.value, row)
             scores = walk.scores(row, walk.rows_of(walk.query, row), keys)
             highest = scores.amax(-1, keepdim=True)
             highest.masked_fill_(highest == -math.inf, 0.0)  # nothing to see: every weight is 0, as it should be
@@ -187,7 +188,7 @@ class _BlockSparse(torch.autograd.Function):
         if bias is not None and ctx.needs_input_grad[3]:
             d_bias = torch.zeros(walk.bias_shape, dtype=walk.accumulate, device=bias.device)
         for number, row in enumerate(layout.rows):
-            keys, values = live(walk.key, row), live(walk.value, row)
+            keys, values = walk.live(walk.key, row), walk.live(walk.value, row)
             queries, d_output = walk.rows_of(walk.query, row), walk.rows_of(gradient, row)
             weights = walk.scores(row, queries, keys).sub_(walk.rows_of(log_sums, row)).exp2_()
             d_weights = torch.bmm(d_output, values.mT).to(walk.accumulate)
@@ -196,7 +197,7 @@ class _BlockSparse(torch.autograd.Function):
                 kept = walk.kept(number, weights)
                 used = weights * kept
                 d_weights.mul_(kept)
-            add_product(d_value, row, used.to(values.dtype), d_output)
+            walk.add_product(d_value, row, used.to(values.dtype), d_output)
             # Through the softmax: dS = P * (dP - rowsum(P * dP)), and that sum is rowsum(dO * O).
             delta = (d_output.to(walk.accumulate) * walk.rows_of(output, row)).sum(-1, keepdim=True)
             d_scores = d_weights.sub_(delta).mul_(weights)
@@ -204,9 +205,9 @@ class _BlockSparse(torch.autograd.Function):
                 walk.add_to_bias(d_bias, row, d_scores)
             d_scores = d_scores.to(keys.dtype)
             walk.put(d_query, row, torch.bmm(d_scores, keys).mul_(scale))
-            add_product(d_key, row, d_scores, queries, scale)
+            walk.add_product(d_key, row, d_scores, queries, scale)
         return (
-            d_query.view(query.shape),
+            d_query.reshape(query.shape),
             d_key.view(key.shape).to(key.dtype),
             d_value.view(value.shape).to(value.dtype),
             None if d_bias is None or bias is None else d_bias.view(bias.shape).to(bias.dtype),

@@ -135,7 +135,7 @@ class RandomBlocks(Pattern):
         at_least("block_size", self.block_size, 1)
 
     def _rank(self, row: Tensor, column: Tensor) -> Tensor:
-        return _mix(_mix(row + _mix(torch.tensor(self.seed, device=row.device))) + column) << 31 | column
+        return _mix(_mix(row + _mix(torch.tensor(self.seed & 0x7FFFFFFF, device=row.device))) + column) << 31 | column
 
     def _drawn(self, row: Tensor, column: Tensor, key_length: int) -> Tensor:
         """Boolean, for numbers of blocks that broadcast."""
@@ -171,7 +171,7 @@ class RandomBlocks(Pattern):
 
 
 def causal() -> Pattern:
-    """No query looks at keys behind its own place: ``key <= place``."""
+    """No query looks at keys after its own place: ``key <= place``."""
     return Band(None, 0)
 
 

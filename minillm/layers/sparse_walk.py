@@ -29,12 +29,12 @@ class Walk:
         n_kv_heads, key_length = key.shape[1:3]
         n = self.batch * n_kv_heads
         self.query = query.reshape(n, self.n_heads // n_kv_heads, query_length, head_dim)  # (n, g, query_length, .)
-        self.key = key.reshape(n, key_length, head_dim)
-        self.value = value.reshape(n, key_length, value.size(3))
+        self.key = _dense_rows(key.reshape(n, key_length, head_dim))
+        self.value = _dense_rows(value.reshape(n, key_length, value.size(3)))
         self.mask = None if mask is None else mask[(None,) * (4 - mask.dim())]
         self.bias = None if bias is None else bias[(None,) * (4 - bias.dim())]
         self.bias_shape = (1,) * 4 if self.bias is None else tuple(self.bias.shape)
-        self.scale, self.dropout, self.seed = scale, dropout, seed
+        self.block_size, self.scale, self.dropout, self.seed = layout.block_size, scale, dropout, seed
         self.accumulate = torch.float64 if query.dtype is torch.float64 else torch.float32
         self.tiles = self._additive(layout.masks.to(query.device))
 
@@ -44,7 +44,39 @@ class Walk:
 
     def put(self, tensor: Tensor, row: LiveRow, part: Tensor) -> None:
         """The way back of ``rows_of``."""
-        tensor[:, :, row.start : row.stop] = part.view(part.size(0), tensor.size(1), -1, part.size(2))
+        tensor[:, :, row.start : row.stop] = part.view(*tensor.shape[:2], row.stop - row.start, tensor.size(3))
+
+    def live(self, tensor: Tensor, row: LiveRow) -> Tensor:
+        """The row's live keys of (n, key_length, .) side by side; a single range of them is not copied."""
+        if len(row.runs) == 1:
+            return tensor[:, slice(*row.runs[0])]
+        whole, ragged, tiles = self._tiles(tensor, row)
+        gathered = whole.index_select(1, tiles).view(tensor.size(0), -1, tensor.size(2))
+        return gathered if ragged is None else torch.cat((gathered, ragged), 1)
+
+    def add_product(self, total: Tensor, row: LiveRow, left: Tensor, right: Tensor, scale: float = 1.0) -> None:
+        """``total[live keys] += scale * left^T right``: left (n, g * rows, live keys), right (n, g * rows, .)."""
+        if len(row.runs) == 1 and total.dtype == left.dtype:
+            target = total[:, slice(*row.runs[0])]
+            torch.baddbmm(target, left.mT, right, alpha=scale, out=target)
+            return
+        part = torch.bmm(left.mT, right).to(total.dtype)
+        if len(row.runs) == 1:
+            total[:, slice(*row.runs[0])].add_(part, alpha=scale)
+            return
+        whole, ragged, tiles = self._tiles(total, row)
+        n_whole = len(tiles) * self.block_size
+        whole.index_add_(1, tiles, part[:, :n_whole].reshape(len(part), len(tiles), -1), alpha=scale)
+        if ragged is not None:
+            ragged.add_(part[:, n_whole:], alpha=scale)
+
+    def _tiles(self, tensor: Tensor, row: LiveRow) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Whole tiles of keys as rows, which of them the row needs, and the narrower last one if it needs that."""
+        n, key_length, width = tensor.shape
+        end = key_length - key_length % self.block_size
+        whole = tensor[:, :end].view(n, end // self.block_size, self.block_size * width)
+        ragged = tensor[:, end:] if row.runs[-1][1] > end else None
+        return whole, ragged, row.tiles(self.block_size).to(tensor.device)
 
     def scores(self, row: LiveRow, queries: Tensor, keys: Tensor) -> Tensor:
         """Scaled, biased and masked scores of the row: (n, g * rows, live keys), for the caller to overwrite.
@@ -54,7 +86,7 @@ class Walk:
         """
         nothing = queries.new_zeros(1, 1, 1)
         scores = torch.baddbmm(nothing, queries, keys.mT, beta=0, alpha=self.scale * _LOG2_E).to(self.accumulate)
-        by_head = self._by_head(scores)
+        by_head = self._by_head(row, scores)
         if self.bias is not None:
             by_head.add_(_cut(self.bias, row), alpha=_LOG2_E)
         for first, width, numbers in row.partial:
@@ -67,14 +99,15 @@ class Walk:
     def add_to_bias(self, d_bias: Tensor, row: LiveRow, d_scores: Tensor) -> None:
         """Add the row's part of the bias's gradient, summed over what the bias was broadcast over."""
         queries = slice(row.start, row.stop) if d_bias.size(2) > 1 else slice(None)
-        target, part = d_bias[:, :, queries], self._by_head(d_scores)
+        target, part = d_bias[:, :, queries], self._by_head(row, d_scores)
         part = part.sum_to_size(*target.shape[:3], part.size(3) if target.size(3) > 1 else 1)
         if target.size(3) == 1:
             target += part
-        elif isinstance(row.keys, slice):
-            target[..., row.keys] += part
-        else:
-            target.index_add_(3, row.keys.to(target.device), part)
+            return
+        column = 0
+        for start, stop in row.runs:
+            target[..., start:stop] += part[..., column : column + stop - start]
+            column += stop - start
 
     def kept(self, number: int, weights: Tensor) -> Tensor:
         """The dropout mask of row ``number``, scaled: the same numbers each time it is asked for."""
@@ -85,31 +118,20 @@ class Walk:
         """0 where allowed, else -inf. On CPU adding it takes a thirtieth of ``masked_fill_`` with a broadcast mask."""
         return torch.zeros_like(allowed, dtype=self.accumulate).masked_fill_(~allowed, -math.inf)
 
-    def _by_head(self, scores: Tensor) -> Tensor:
-        return scores.view(self.batch, self.n_heads, -1, scores.size(-1))
+    def _by_head(self, row: LiveRow, scores: Tensor) -> Tensor:
+        return scores.view(self.batch, self.n_heads, row.stop - row.start, row.n_keys)
 
 
-def live(tensor: Tensor, row: LiveRow, dim: int = 1) -> Tensor:
-    """The row's live keys of ``tensor`` side by side; a single range of them is not copied."""
-    if isinstance(row.keys, slice):
-        return tensor.narrow(dim, row.keys.start, row.keys.stop - row.keys.start)
-    return tensor.index_select(dim, row.keys.to(tensor.device))
-
-
-def add_product(total: Tensor, row: LiveRow, left: Tensor, right: Tensor, scale: float = 1.0) -> None:
-    """``total[live keys] += scale * left^T right`` for left (n, g * rows, live keys) and right (n, g * rows, .)."""
-    if isinstance(row.keys, slice) and total.dtype == left.dtype:
-        target = total[:, row.keys]
-        torch.baddbmm(target, left.mT, right, alpha=scale, out=target)
-    elif isinstance(row.keys, slice):
-        total[:, row.keys].add_(torch.bmm(left.mT, right), alpha=scale)
-    else:
-        part = torch.bmm(left.mT, right).to(total.dtype)
-        total.index_add_(1, row.keys.to(total.device), part, alpha=scale)
+def _dense_rows(tensor: Tensor) -> Tensor:
+    """Copied if the heads of one token lie between those of the next: many rows read each key, far apart is slow."""
+    return tensor if tensor.stride()[1:] == (tensor.size(2), 1) else tensor.contiguous()
 
 
 def _cut(tensor: Tensor, row: LiveRow) -> Tensor:
     """A row of tiles out of something that broadcasts to (batch, n_heads, query_length, key_length)."""
     if tensor.size(2) > 1:
         tensor = tensor[:, :, row.start : row.stop]
-    return tensor if tensor.size(3) == 1 else live(tensor, row, 3)
+    if tensor.size(3) == 1:
+        return tensor
+    parts = [tensor[..., start:stop] for start, stop in row.runs]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 3)

@@ -165,14 +165,44 @@ def test_values_out_of_reach_stay_finite() -> None:
     assert block_sparse_attention(query, key, value, causal(), bias=bias, block_size=8).eq(0).all()
 
 
-def test_a_strided_view_is_read_and_its_gradient_fits() -> None:
-    base = torch.randn(2, 24, 3, 4, 8, dtype=torch.float64, requires_grad=True)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_strided_view_is_read_and_its_gradient_fits(batch: int) -> None:
+    base = torch.randn(batch, 24, 3, 4, 8, dtype=torch.float64, requires_grad=True)
     query, key, value = base.permute(2, 0, 3, 1, 4)
     _check_equal(
         block_sparse_attention(query, key, value, star(), block_size=8),
         _torchs(query, key, value, star().dense(24, 24)),
         [base],
     )
+
+
+def test_an_expanded_key_and_a_cache_that_is_not_full() -> None:
+    query, key, value = _inputs(12, 12)
+    key, value = key[:1, :1].expand(2, 2, 12, 8), torch.randn(2, 2, 40, 6, dtype=torch.float64)[:, :, :12]
+    ours = block_sparse_attention(query, key, value, star(), block_size=4)
+    torch.testing.assert_close(ours, _torchs(query, key, value, star().dense(12, 12)))
+
+
+def test_nothing_to_attend_from_or_to() -> None:
+    some, none = torch.randn(1, 2, 5, 4, requires_grad=True), torch.zeros(1, 2, 0, 4)
+    output = block_sparse_attention(some, none, none, star())
+    assert torch.equal(output, torch.zeros(1, 2, 5, 4))
+    assert torch.autograd.grad(output.sum(), some)[0].eq(0).all()
+    assert block_sparse_attention(none, some, some, star()).shape == (1, 2, 0, 4)
+    assert block_sparse_attention(some[:0], some[:0], some[:0], star()).shape == (0, 2, 5, 4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["Longformer", "causal BigBird", "strided"])
+def test_on_a_gpu_too(name: str, dtype: torch.dtype) -> None:
+    inputs = [tensor.detach().cuda().requires_grad_() for tensor in _inputs(150, 150, dims=(32, 32), dtype=dtype)]
+    bias, mask = torch.randn(4, 1, 150, device="cuda"), torch.rand(2, 1, 1, 150, device="cuda") < 0.8
+    ours = block_sparse_attention(*inputs, PATTERNS[name], bias=bias, mask=mask)
+    theirs = _torchs(*inputs, PATTERNS[name].dense(150, 150, device="cuda") & mask, bias)
+    tolerance = 4e-2 if dtype is torch.bfloat16 else 1e-4
+    _check_equal(ours, theirs, inputs, atol=tolerance, rtol=tolerance)
+    block_sparse_attention(*inputs, PATTERNS[name], dropout=0.5).sum().backward()
 
 
 def test_dropout_drops_weights_evenly_and_keeps_their_sum_on_average() -> None:
