@@ -1,16 +1,12 @@
 """Multi-head attention: scaled dot products in several subspaces at once, with shared key heads if wanted."""
 
-from collections.abc import Callable
 from typing import Literal, overload
 
 from torch import Tensor, nn
 
+from minillm.layers.heads import Attend, check_sequence, head_sizes, turn
 from minillm.layers.kv_cache import LayerKVCache
-from minillm.layers.positions import rotate
 from minillm.layers.scaled_dot_product import scaled_dot_product_attention
-
-# Called as scaled_dot_product_attention is: (query, key, value, *, mask, bias, causal, dropout, return_weights).
-Attend = Callable[..., Tensor | tuple[Tensor, Tensor]]
 
 
 class MultiHeadAttention(nn.Module):
@@ -42,17 +38,9 @@ class MultiHeadAttention(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        n_kv_heads = n_heads if n_kv_heads is None else n_kv_heads
-        if n_heads < 1 or n_kv_heads < 1 or n_heads % n_kv_heads:
-            raise ValueError(f"n_kv_heads must divide n_heads, got n_heads={n_heads}, n_kv_heads={n_kv_heads}")
-        if head_dim is None and d_model % n_heads:
-            raise ValueError(f"n_heads must divide d_model unless head_dim is given, got {n_heads} and {d_model}")
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"dropout must be in [0, 1), got {dropout}")
-        self.n_heads, self.n_kv_heads = n_heads, n_kv_heads
-        self.head_dim = d_model // n_heads if head_dim is None else head_dim
-        self.dropout = dropout
-        kv_size = n_kv_heads * self.head_dim
+        self.n_kv_heads, self.head_dim = head_sizes(d_model, n_heads, n_kv_heads, head_dim, dropout)
+        self.d_model, self.n_heads, self.dropout = d_model, n_heads, dropout
+        kv_size = self.n_kv_heads * self.head_dim
         self.qkv_sizes = (n_heads * self.head_dim, kv_size, kv_size)
         self.qkv = nn.Linear(d_model, sum(self.qkv_sizes), bias=bias)
         self.output = nn.Linear(n_heads * self.head_dim, d_model, bias=bias)
@@ -108,6 +96,7 @@ class MultiHeadAttention(nn.Module):
 
         Returns: (batch, seq, d_model), and (batch, n_heads, seq, keys) if asked for.
         """
+        check_sequence("x", x, self.d_model, "d_model")
         batch, seq, _ = x.shape
         n_heads, n_kv_heads, head_dim = self.n_heads, self.n_kv_heads, self.head_dim
         # Cut before the heads are moved in front of seq: the gradient of qkv then comes together in one copy.
@@ -115,9 +104,7 @@ class MultiHeadAttention(nn.Module):
         query = query.view(batch, seq, n_heads, head_dim).transpose(1, 2)
         key = key.view(batch, seq, n_kv_heads, head_dim).transpose(1, 2)
         value = value.view(batch, seq, n_kv_heads, head_dim).transpose(1, 2)
-        if rotation is not None:
-            cos, sin = (angle.unsqueeze(-3) for angle in rotation)  # the same for every head
-            query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        query, key = turn(query, rotation, "rotation"), turn(key, rotation, "rotation")
         if cache is not None:
             key, value = cache.append(key, value)
             query = query.to(key.dtype)  # under autocast the cache may hold a wider dtype

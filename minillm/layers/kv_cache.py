@@ -115,6 +115,8 @@ class KVCache:
             ``capacity``, the layers are :class:`RollingLayerKVCache` and the cache never fills up.
         dtype, device: of the buffers.
 
+    Attributes: ``window``, what a rolling cache keeps; None where nothing is forgotten.
+
     ``Transformer.new_cache`` makes a fitting one. Not differentiable: for generation, under ``torch.no_grad``.
     """
 
@@ -140,6 +142,7 @@ class KVCache:
         if window is not None and rolling_capacity(window) >= capacity:
             window = None  # all of it fits: nothing need be moved
         room = capacity if window is None else rolling_capacity(window)
+        self.window = window
         self.layers: list[LayerKVCache] = []
         for _ in range(n_layers):
             shape = (batch_size, n_kv_heads, room, head_dim)

@@ -4,8 +4,9 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from minillm.layers.attention import Attend, MultiHeadAttention
+from minillm.layers.attention import MultiHeadAttention
 from minillm.layers.feed_forward import FeedForward, SwiGLU
+from minillm.layers.heads import Attend
 from minillm.layers.kv_cache import LayerKVCache
 from minillm.layers.norms import LayerNorm, RMSNorm
 from minillm.layers.positions import ShawPositions

@@ -118,7 +118,7 @@ class TransformerConfig:
         """A copy with ``changes``. A size at its default takes the default that follows from the changes."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         for name, derive in _DERIVED.items():
-            if fields[name] == derive(self):
+            if (name != "head_dim" or self.d_model % self.n_heads == 0) and fields[name] == derive(self):
                 fields[name] = None
         return TransformerConfig(**_known(fields | changes))
 

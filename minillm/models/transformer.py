@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.nn import functional as F
 
+from minillm.layers.attention_arguments import check_mask_and_bias
 from minillm.layers.kv_cache import KVCache
 from minillm.layers.positions import (
     AlibiBias,
@@ -129,11 +130,21 @@ class Transformer(nn.Module):
         if start + seq > self.config.context_length:
             cached = f" after {start} cached" if start else ""
             raise ValueError(f"context_length is {self.config.context_length}, got {seq} tokens{cached}")
-        if positions is not None and (positions.dtype is not torch.int64 or positions.shape[-1:] != (seq,)):
+        if positions is not None and (
+            positions.dtype is not torch.int64 or positions.shape not in ((seq,), tuple(tokens.shape))
+        ):
             raise ValueError(
-                f"positions must be int64, (seq,) or (batch, seq) with seq={seq}, "
+                f"positions must be int64, (seq,) or (batch, seq) of tokens {tuple(tokens.shape)}, "
                 f"got {positions.dtype} {tuple(positions.shape)}"
             )
+        if cache is not None and (
+            len(cache.layers) != len(self.blocks) or cache.window not in (None, self.config.window)
+        ):
+            raise ValueError(
+                f"cache must be one for {len(self.blocks)} layers and a window of {self.config.window} (new_cache), "
+                f"got one for {len(cache.layers)} layers and a window of {cache.window}"
+            )
+        check_mask_and_bias(mask, None, (tokens.size(0), self.config.n_heads, seq, start + seq))
         try:
             x: Tensor = self.token_embedding(tokens)
         except IndexError:

@@ -46,6 +46,8 @@ def convert_kv_heads(model: Transformer, n_kv_heads: int, *, method: Method = "m
     if not isinstance(n_kv_heads, int) or n_kv_heads < 1 or old % n_kv_heads:
         raise ValueError(f"n_kv_heads must divide the model's {old} key heads, got {n_kv_heads!r}")
 
+    if not isinstance(seed, int):
+        raise TypeError(f"seed must be an integer, got {seed!r}")
     converted = copy.deepcopy(model)
     converted.config = model.config.replace(n_kv_heads=n_kv_heads)
     generator = torch.Generator().manual_seed(seed)

@@ -69,8 +69,15 @@ def require_same(folder: Path, settings: dict[str, Any], stored: dict[str, Any])
 
 
 def _fixed_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """All settings but those of training, flat: `model.d_model` -> 128."""
-    sections = {section: settings[section] for section in ("tokenizer", "data", "model")}
+    """All settings but those of training, flat: `model.d_model` -> 128.
+
+    Completed anew: a run of an earlier version lacks the settings that came since, and was made with their defaults.
+    """
+    sections = {
+        "tokenizer": TOKENIZER_DEFAULTS | settings["tokenizer"],
+        "data": DATA_DEFAULTS | settings["data"],
+        "model": _complete_model(settings["model"], settings["tokenizer"].get("vocab_size", 1)),
+    }
     flat = {f"{section}.{name}": value for section, values in sections.items() for name, value in values.items()}
     return {"corpus": _corpus(settings["corpus"])} | flat
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from minillm.layers.positions.arguments import check_whole_numbers
 from minillm.layers.positions.relative import relative_range, spread_diagonals
 
 
@@ -15,6 +16,7 @@ def alibi_slopes(n_heads: int) -> Tensor:
     ``2**(-8 h / n)`` for head h = 1 ... n if n is a power of two: 1/2, 1/4 ... 1/256 for eight heads. Otherwise the
     slopes of the next smaller power of two, then every other slope of twice that power until there are enough.
     """
+    check_whole_numbers(n_heads=n_heads)
     if n_heads < 1:
         raise ValueError(f"n_heads must be at least 1, got {n_heads}")
     power = 1 << (n_heads.bit_length() - 1)  # the largest that is not above n_heads

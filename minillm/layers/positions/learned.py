@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from minillm.layers.positions.arguments import check_integer_tensor, check_whole_numbers
+
 
 class LearnedPositions(nn.Module):
     """One trained vector for each position, added to the token embedding (Gehring et al. 2017; GPT-2, BERT).
@@ -14,15 +16,17 @@ class LearnedPositions(nn.Module):
 
     def __init__(self, context_length: int, d_model: int) -> None:
         super().__init__()
+        check_whole_numbers(context_length=context_length, d_model=d_model)
         if context_length < 1 or d_model < 1:
             raise ValueError(f"context_length and d_model must be at least 1, got {context_length} and {d_model}")
         self.weight = nn.Parameter(torch.empty(context_length, d_model))
         nn.init.normal_(self.weight, std=0.02)
 
     def forward(self, positions: Tensor) -> Tensor:
-        """Vectors for int64 ``positions`` of any shape: (...) to (..., d_model)."""
+        """Vectors for integer ``positions`` of any shape: (...) to (..., d_model)."""
+        check_integer_tensor("positions", positions)
         try:
-            return nn.functional.embedding(positions, self.weight)
+            return nn.functional.embedding(positions.long(), self.weight)
         except IndexError:
             low, high = int(positions.min()), int(positions.max())
             raise ValueError(
@@ -31,7 +35,8 @@ class LearnedPositions(nn.Module):
 
     def span(self, start: int, length: int) -> Tensor:
         """Vectors of positions ``start .. start + length - 1``, (length, d_model): a slice, not a look-up."""
-        if start < 0 or start + length > self.weight.size(0):
+        check_whole_numbers(start=start, length=length)
+        if start < 0 or length < 0 or start + length > self.weight.size(0):
             raise ValueError(
                 f"positions {start} to {start + length - 1} asked for, of {self.weight.size(0)} (context_length)"
             )

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from minillm.layers.positions.arguments import check_whole_numbers
+
 
 def relative_range(query_length: int, key_length: int, offset: int | None = None) -> tuple[int, int]:
     """The least and the greatest place of a key seen from a query, ``j - (offset + i)`` for query ``i`` and key ``j``.
@@ -11,9 +13,7 @@ def relative_range(query_length: int, key_length: int, offset: int | None = None
     last query stands at the last key, as in self-attention with or without a cache. In cross-attention any number
     makes sense; 0 lets both texts begin together. ValueError for negative lengths, TypeError for no whole numbers.
     """
-    for name, value in (("query_length", query_length), ("key_length", key_length), ("offset", offset)):
-        if isinstance(value, bool | float):
-            raise TypeError(f"{name} must be a whole number, got {value!r}")
+    check_whole_numbers(query_length=query_length, key_length=key_length, offset=offset)
     if query_length < 0 or key_length < 0:
         raise ValueError(f"query_length and key_length must be at least 0, got {query_length} and {key_length}")
     offset = key_length - query_length if offset is None else offset

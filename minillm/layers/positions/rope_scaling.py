@@ -196,7 +196,7 @@ ROPE_SCALINGS: dict[str, type[RopeScaling]] = {
 def rope_scaling_from_dict(fields: dict[str, Any]) -> RopeScaling:
     """Build a scaling from its fields, among them ``kind``; ValueError for another kind, or other or too few fields."""
     kind = fields.get("kind")
-    if kind not in ROPE_SCALINGS:
+    if not isinstance(kind, str) or kind not in ROPE_SCALINGS:
         raise ValueError(f"the kind of a RoPE scaling must be one of {sorted(ROPE_SCALINGS)}, got {kind!r}")
     known = dataclasses.fields(ROPE_SCALINGS[kind])
     unknown = set(fields) - {field.name for field in known}

@@ -6,6 +6,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from minillm.layers.positions.arguments import check_integer_tensor
 from minillm.layers.positions.rope_scaling import RopeScaling
 
 
@@ -15,6 +16,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) ->
     ``(a, b) -> (a cos - b sin, a sin + b cos)``. A pair is (x_i, x_{i + head_dim/2}), or (x_2i, x_{2i+1}) if
     interleaved. Computed in the wider of the dtypes of ``x`` and ``cos``, returned in that of ``x``.
     """
+    if not x.is_floating_point():
+        raise TypeError(f"x must be floating point, got {x.dtype}")
     if interleaved:
         first, second = x[..., 0::2], x[..., 1::2]
         turned = torch.stack((first * cos - second * sin, first * sin + second * cos), dim=-1).flatten(-2)
@@ -95,6 +98,7 @@ class RotaryEmbedding(nn.Module):
 
         Returns: twice (..., head_dim / 2).
         """
+        check_integer_tensor("positions", positions)
         if dtype is torch.float32:
             frequencies = self.inverse_frequency
         elif dtype is torch.float64:

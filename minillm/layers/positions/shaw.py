@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from minillm.layers.attention_arguments import check_attention
 from minillm.layers.positions.relative import relative_positions, relative_range
-from minillm.layers.scaled_dot_product import attention_weights, check_attention, weighted_sum
+from minillm.layers.scaled_dot_product import attention_weights, weighted_sum
 
 
 class ShawPositions(nn.Module):
@@ -105,6 +106,7 @@ class ShawPositions(nn.Module):
         low, high = (max(-k, min(k, place)) for place in relative_range(query_length, key_length, offset))
         if causal or not self.bidirectional:
             low, high = min(low, 0), min(high, 0)
+        low = min(low, high)  # without queries or keys there are no places between the two
         relative = relative_positions(query_length, key_length, offset=offset, device=query.device)
         rows = (relative.clamp(low, high) - low).expand(batch, n_heads, -1, -1)
         table = slice(low + k, high + k + 1)

@@ -5,6 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from minillm.layers.positions.arguments import check_integer_tensor, check_whole_numbers
+
 
 def sinusoidal_positions(
     length: int,
@@ -22,6 +24,7 @@ def sinusoidal_positions(
     (a sine without its cosine has no shift), a negative length or start, or a base that is not positive.
     """
     _check(d_model, base)
+    check_whole_numbers(length=length, start=start)
     if length < 0 or start < 0:
         raise ValueError(f"length and start must be at least 0, got {length} and {start}")
     # On the CPU, as not every device has float64.
@@ -76,12 +79,12 @@ class SinusoidalPositions(nn.Module):
 
     def forward(self, positions: Tensor) -> Tensor:
         """Vectors for integer ``positions`` of any shape and value: (...) to (..., d_model)."""
-        if positions.is_floating_point() or positions.is_complex() or positions.dtype is torch.bool:
-            raise TypeError(f"positions must be integers, got {positions.dtype}")
+        check_integer_tensor("positions", positions)
         return _waves(positions, self.d_model, self.base).to(self.table.dtype)
 
     def span(self, start: int, length: int) -> Tensor:
         """Vectors of positions ``start .. start + length - 1``, (length, d_model): a slice of a table that grows."""
+        check_whole_numbers(length=length, start=start)
         if length < 0 or start < 0:
             raise ValueError(f"length and start must be at least 0, got {length} and {start}")
         end, rows = start + length, self.table.size(0)

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from minillm.layers.positions.arguments import check_integer_tensor
 from minillm.layers.positions.relative import relative_range, spread_diagonals
 
 
@@ -25,8 +26,8 @@ def t5_bucket(
         max_distance: more than the distances that have a bucket of their own.
     """
     _check(bidirectional, n_buckets, max_distance)
-    if relative_position.is_floating_point() or relative_position.is_complex() or relative_position.dtype is torch.bool:
-        raise TypeError(f"relative_position must be integers, got {relative_position.dtype}")
+    check_integer_tensor("relative_position", relative_position)
+    relative_position = relative_position.long()  # int8 cannot hold the distances that it is compared with
     n = n_buckets // 2 if bidirectional else n_buckets
     exact = n // 2
     # One logarithm a distance, not one a pair, and always on the CPU: where a distance lies on the edge of a bucket the
@@ -36,9 +37,9 @@ def t5_bucket(
     buckets = torch.where(distances < exact, distances, (exact + steps.long()).clamp(max=n - 1))
     buckets = buckets.to(relative_position.device)
     if not bidirectional:
-        return buckets[(-relative_position).clamp(0, max_distance).long()]
+        return buckets[(-relative_position).clamp(0, max_distance)]
     right = relative_position > 0
-    return buckets[relative_position.abs().clamp(max=max_distance).long()] + n * right
+    return buckets[relative_position.abs().clamp(max=max_distance)] + n * right
 
 
 class RelativePositionBias(nn.Module):
