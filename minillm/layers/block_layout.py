@@ -198,11 +198,11 @@ class BlockLayout:
         return "\n".join(" ".join("·▒█"[state] for state in row) for row in self.states.tolist())
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=32)
 def block_layout(pattern: "Pattern", query_length: int, key_length: int, block_size: int) -> BlockLayout:
     """Cut ``pattern`` into tiles. Only the tiles its ``bounds`` leave open are looked at pair by pair.
 
-    Remembered for the last 64 questions: a model asks the same one in every layer of every step.
+    Remembered for the last 32 questions: a model asks the same one in every layer of every step.
     """
     at_least("query_length", query_length, 0)
     at_least("key_length", key_length, 0)

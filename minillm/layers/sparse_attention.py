@@ -94,8 +94,9 @@ def block_sparse_attention(
         return_weights: give the weights too. They are a dense matrix, so the dense reference computes them.
         block_size: side of a tile in tokens. Small ones follow the pattern closer, large ones compute faster.
 
-    Memory beyond the inputs' and gradients' size: the scores of one block of queries. Differentiable once. Returns and
-    raises what :func:`scaled_dot_product_attention` does.
+    Memory beyond inputs, output and gradients: the scores of one block of queries, and a copy of inputs whose heads lie
+    side by side (as :class:`MultiHeadAttention` makes them). Differentiable once. Returns and raises what
+    :func:`scaled_dot_product_attention` does.
     """
     check_attention(query, key, value, mask, bias, dropout)
     if not isinstance(pattern, Pattern):
