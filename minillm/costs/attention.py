@@ -67,7 +67,8 @@ def attention_flops_by_part(
 
     Args:
         seq: queries.
-        cached: keys and values that a cache holds from before: a step of generation has seq = 1.
+        cached: keys and values that a cache holds from before: a step of generation has seq = 1. A rolling cache holds
+            at most ``window - 1``, whatever the config's window: give the number that is there.
         memory_length, memory_size: cross-attention to a memory of this length and width (None: d_model).
         remembered: the memory's keys and values are there already.
         live: share of the pairs of a query and a key that is computed; 1 is what an implementation computes that masks
@@ -132,7 +133,8 @@ def attention_activation_bytes_by_part(
         fused: the scores are never in memory as a whole (Dao et al. 2022, "FlashAttention", section 3.1): of each row
             of weights only the logarithm of its sum is kept, in float32. Otherwise the weights are: the term that grows
             with ``seq**2`` (``5 a s**2 b`` of Korthikanti et al. 2022, section 4.1, with dropout).
-        dropout: of the weights; when they are in memory it keeps a byte a weight, and the weights that it let through.
+        dropout: of the weights; when they are in memory it keeps a byte a weight, and the weights that it let through
+            (as on a GPU: torch's dropout on a CPU keeps a whole number, and its fused kernel there has no dropout).
         bytes_per_value: of an activation: 2 for bfloat16 and float16, 4 for float32.
 
     Keys: input (what the projections read, the memory included), query, key_value, weights, heads (what the output

@@ -9,7 +9,7 @@ from types import MappingProxyType
 class PublishedModel:
     """A published decoder's attention; ``kv_cache_bytes`` and ``attention_flops`` take it in place of a config.
 
-    Attributes: ``context_length``, the longest text it was trained on, in tokens; ``window``, tokens that a token sees
+    Attributes: ``context_length``, the longest text by the source, in tokens (a released config may say more); ``window``, tokens that a token sees
     (None: all before it); ``source``, where the numbers are printed.
     """
 

@@ -62,9 +62,9 @@ def generate(
     Returns: the new tokens, without the prompt: a list, or a list of lists.
 
     Each token is drawn from the model's scores after at most the last ``context_length`` tokens. Up to there a step
-    costs one token's pass, thanks to the cache. A longer text slides the window on by a token each step, which moves
-    every token
-    to another position: the states in the cache no longer hold, and each step runs the whole window again.
+    costs one token's pass, thanks to the cache. In a longer text the context slides on by a token each step. With
+    positions that count from its beginning every token then stands at another one, so that the cached states no longer
+    hold; for all models alike the whole context is run again in each step.
     """
     single, prompts = _prompts(model, prompt)
     stops = _stop_tokens(stop_tokens)

@@ -112,7 +112,7 @@ class KVCache:
         n_layers, batch_size, n_kv_heads, head_dim: the model's shape.
         capacity: tokens a row can hold; the memory is taken at once.
         window: tokens that a token can see, itself included; None is all. Where a rolling cache is smaller than
-            ``capacity``, the layers are :class:`RollingLayerKVCache` and the cache never fills up.
+            ``capacity``, the layers are :class:`RollingLayerKVCache`, which never fill up.
         dtype, device: of the buffers.
 
     Attributes: ``window``, what a rolling cache keeps; None where nothing is forgotten.

@@ -282,7 +282,35 @@ def test_published_shapes_are_those_of_the_presets_whose_parameters_are_proven(n
         assert getattr(model, field) == getattr(config, field), field
 
 
+@pytest.mark.parametrize(
+    ("name", "kib_per_token", "context_length", "variant"),
+    [
+        ("GPT-2 XL", 300, 1024, "MHA"),
+        ("GPT-3 175B", 4608, 2048, "MHA"),
+        ("OPT-13B", 800, 2048, "MHA"),
+        ("OPT-175B", 4608, 2048, "MHA"),
+        ("BLOOM 176B", 3920, 2048, "MHA"),
+        ("PaLM 540B", 118, 2048, "MQA"),
+        ("Llama 2 7B", 512, 4096, "MHA"),
+        ("Llama 2 70B", 320, 4096, "GQA"),
+        ("Falcon-7B", 8, 2048, "MQA"),
+        ("Falcon-40B", 120, 2048, "GQA"),
+        ("Falcon-180B", 160, 2048, "GQA"),
+        ("Mistral 7B", 128, 8192, "GQA"),
+        ("Llama 3 8B", 128, 8192, "GQA"),
+        ("Llama 3 70B", 320, 8192, "GQA"),
+        ("Llama 3.1 405B", 504, 131072, "GQA"),
+    ],
+)
+def test_the_table_of_published_caches(name, kib_per_token, context_length, variant):
+    """Worked out by hand from the sources: 2 * layers * key heads * head size * 2 bytes."""
+    model = PUBLISHED_MODELS[name]
+    assert kv_cache_bytes_per_token(model) == kib_per_token * 1024
+    assert (model.context_length, model.variant) == (context_length, variant)
+
+
 def test_published_shapes_are_consistent():
+    assert len(PUBLISHED_MODELS) == 15
     for name, model in PUBLISHED_MODELS.items():
         assert model.name == name
         assert model.n_heads % model.n_kv_heads == 0

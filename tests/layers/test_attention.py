@@ -126,8 +126,25 @@ def test_layer_drops_attention_weights_in_training_only():
         ({"n_heads": 3}, "n_heads must divide d_model"),
         ({"n_heads": 4, "n_kv_heads": 3}, "n_kv_heads must divide n_heads, got n_heads=4, n_kv_heads=3"),
         ({"n_heads": 4, "dropout": -0.1}, "dropout must be in"),
+        ({"n_heads": 4, "head_dim": 0}, "head_dim must be at least 1, got 0"),
+        ({"n_heads": 0}, "d_model and n_heads must be at least 1, got 16 and 0"),
     ],
 )
 def test_layer_refuses_bad_sizes(arguments, message):
     with pytest.raises(ValueError, match=message):
         MultiHeadAttention(16, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("x", "angles", "message"),
+    [
+        ((5, 16), (5, 4), r"x must be \(batch, seq, d_model=16\), got shape \(5, 16\)"),
+        ((2, 5, 8), (5, 4), "x must be"),
+        ((2, 5, 16), (5, 1), r"rotation must be .* shape \(5, 4\) or \(2, 5, 4\), got \(5, 1\)"),
+        ((2, 5, 16), (1, 4), "rotation must be"),
+        ((2, 5, 16), (3, 5, 4), "rotation must be"),
+    ],
+)
+def test_layer_refuses_inputs_and_angles_that_would_be_broadcast(x, angles, message):
+    with pytest.raises(ValueError, match=message):
+        MultiHeadAttention(16, 2)(torch.zeros(x), rotation=(torch.ones(angles), torch.zeros(angles)))

@@ -273,16 +273,31 @@ def test_bad_sizes_are_refused(arguments, message):
 def test_bad_input_is_refused_by_name():
     layer = CrossAttention(16, 4, memory_size=10)
     x, memory = torch.randn(2, 5, 16), torch.randn(2, 9, 10)
-    angles = RotaryEmbedding(4).cos_sin(torch.arange(5))
+    angles, far = (RotaryEmbedding(4).cos_sin(torch.arange(length)) for length in (5, 9))
     for call, message in (
         (lambda: layer(memory, memory), r"x must be \(batch, seq, d_model=16\), got shape \(2, 9, 10\)"),
         (lambda: layer(x, x), r"memory must be \(batch, seq, memory_size=10\), got shape \(2, 5, 16\)"),
         (lambda: layer(x[0], memory), "x must be"),
         (lambda: layer(x, memory[:1]), "must agree in batch"),
         (lambda: layer(x, memory, memory_rotation=angles), r"memory's rotation must be .* \(9, 2\).*got \(5, 2\)"),
-        (lambda: layer(x[:, :4], memory, rotation=angles), r"rotation must be .* \(4, 2\)"),
+        (lambda: layer(x[:, :4], memory, rotation=angles, memory_rotation=far), r"rotation must be .* \(4, 2\)"),
+        (lambda: layer(x, memory, rotation=angles), "rotation turns the queries only: .* the memory's keys too"),
+        (lambda: layer(x, layer.remember(memory, rotation=far)), "rotation turns the memory's keys only"),
         (lambda: layer(x, layer.remember(memory), memory_rotation=angles), "memory_rotation must be None"),
         (lambda: layer(x, memory, mask=torch.ones(2, 1, 5, 8, dtype=torch.bool)), "mask must broadcast"),
+        (lambda: CrossAttention(16, 4, memory_size=0), "memory_size must be at least 1, got 0"),
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+@pytest.mark.parametrize("remembered_in_half", [True, False])
+def test_a_memory_serves_inside_and_outside_of_autocast(remembered_in_half):
+    layer, x, memory = CrossAttention(16, 4), torch.randn(2, 5, 16), torch.randn(2, 9, 16)
+    with torch.no_grad():
+        expected = layer(x, memory)
+        with torch.autocast("cpu", torch.bfloat16, enabled=remembered_in_half):
+            remembered = layer.remember(memory)
+        with torch.autocast("cpu", torch.bfloat16, enabled=not remembered_in_half):
+            out = layer(x, remembered)
+    torch.testing.assert_close(out.float(), expected, atol=0.03, rtol=0.03)

@@ -76,6 +76,13 @@ def test_a_rolling_cache_gives_views_but_for_a_prompt_longer_than_itself():
     assert keys.size(2) == 57
 
 
+def test_a_rolling_cache_gives_its_own_dtype_whatever_the_length():
+    layer = KVCache(1, 1, 1, 2, capacity=100, window=4, dtype=torch.bfloat16).layers[0]
+    for size in (30, 1, 2):
+        keys, values = layer.append(torch.randn(1, 1, size, 2), torch.randn(1, 1, size, 2))
+        assert keys.dtype is values.dtype is torch.bfloat16
+
+
 def test_a_window_that_the_capacity_never_reaches_needs_no_rolling():
     cache = KVCache(1, 1, 1, 2, capacity=9, window=8)
     assert type(cache.layers[0]) is LayerKVCache

@@ -24,6 +24,8 @@ def test_replace_works_them_out_again_unless_they_were_chosen():
     assert config.replace(n_heads=8).n_kv_heads == 8
     chosen = TransformerConfig(vocab_size=10, d_model=64, n_heads=4, n_kv_heads=2, d_ff=100, head_dim=8)
     assert chosen.replace(d_model=128).to_dict() == chosen.to_dict() | {"d_model": 128}
+    odd = TransformerConfig(vocab_size=10, d_model=100, n_heads=3, head_dim=32)
+    assert odd.replace(dropout=0.1).to_dict() == odd.to_dict() | {"dropout": 0.1}
     with pytest.raises(ValueError, match="unknown config field width; the fields are vocab_size, context_length"):
         config.replace(width=3)
 

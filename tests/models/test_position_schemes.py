@@ -1,5 +1,7 @@
 """Every position scheme in a whole model: cache, padding, windows, grouped heads, gradients and costs."""
 
+import copy
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -8,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from minillm.costs import parameters, parameters_by_part
 from minillm.inference import generate
-from minillm.layers import RollingLayerKVCache
+from minillm.layers import RollingLayerKVCache, causal_mask
 from minillm.models import Transformer, TransformerConfig
 
 SCHEMES = ["learned", "sinusoidal", "shaw", "t5", "rope", "alibi", "none"]
@@ -47,6 +49,17 @@ def test_a_cache_filled_in_pieces_gives_what_one_pass_gives(positions, window, c
     for piece in tokens.split(chunks, dim=1):
         pieces.append(model(piece, cache=cache))
     torch.testing.assert_close(torch.cat(pieces, 1), model(tokens), atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_cache_too_small_to_roll_is_masked_to_the_window():
+    model = _model("rope", window=11, context_length=12)
+    tokens = torch.randint(0, 29, (1, 12))
+    cache = model.new_cache(1)
+    assert not isinstance(cache.layers[0], RollingLayerKVCache)
+    steps = torch.cat([model(token, cache=cache) for token in tokens.split(1, dim=1)], 1)
+    torch.testing.assert_close(steps, model(tokens), atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(steps, model.eval()(tokens, mask=causal_mask(12, 12, window=10)), atol=1e-4)
 
 
 @pytest.mark.parametrize("window", [None, 6])
@@ -97,14 +110,16 @@ def test_every_parameter_learns_and_all_are_counted(positions):
 
 
 @pytest.mark.parametrize("positions", SCHEMES)
+@torch.no_grad()
 def test_float64_float32_and_bfloat16_agree_as_far_as_they_can(positions):
     model = _model(positions, initializer_std=0.05)
     tokens = torch.randint(0, 29, (2, 40))
-    with torch.no_grad():
-        single = model(tokens)
-        half = model.to(torch.bfloat16)(tokens)
-    assert half.dtype is torch.bfloat16
-    assert (half.float() - single).abs().mean() < 0.02 * single.abs().mean()
+    single = model(tokens)
+    double = copy.deepcopy(model).double()(tokens)
+    half = model.to(torch.bfloat16)(tokens)
+    assert (single.dtype, double.dtype, half.dtype) == (torch.float32, torch.float64, torch.bfloat16)
+    assert (single - double).abs().mean() < 1e-5 * double.abs().mean()
+    assert (half - double).abs().mean() < 0.02 * double.abs().mean()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -214,13 +214,28 @@ def test_bad_tokens_are_refused_by_name(config, tokens, error, message):
 
 def test_bad_positions_and_a_full_cache_are_refused_by_name():
     model = Transformer(GPT)
-    with pytest.raises(ValueError, match=r"positions must be int64, .*seq=3"):
-        model(_tokens(1, 3), positions=torch.arange(4))
+    for positions in (torch.arange(4), torch.zeros(3, 3).long(), torch.zeros(1, 1, 3).long(), torch.zeros(3)):
+        with pytest.raises(ValueError, match=r"positions must be int64, .* of tokens \(1, 3\), got"):
+            model(_tokens(1, 3), positions=positions)
     cache = model.new_cache(1)
     with torch.no_grad():
         model(_tokens(1, 15), cache=cache)
         with pytest.raises(ValueError, match="context_length is 16, got 2 tokens after 15 cached"):
             model(_tokens(1, 2), cache=cache)
+
+
+@pytest.mark.parametrize("positions", ["rope", "alibi"])
+def test_bad_masks_and_other_models_caches_are_refused_by_name(positions):
+    model = Transformer(GPT.replace(positions=positions))
+    tokens = _tokens(2, 4)
+    with pytest.raises(TypeError, match=r"mask must be boolean \(True: may look\), got torch.float32"):
+        model(tokens, mask=torch.ones(4))
+    for shape in ((2, 1, 4, 5), (3, 4), (1, 1, 1, 1, 4)):
+        with pytest.raises(ValueError, match=r"mask must broadcast to \(batch, heads, query, key\) = \(2, "):
+            model(tokens, mask=torch.ones(shape, dtype=torch.bool))
+    for other in (GPT.replace(n_layers=GPT.n_layers + 1), GPT.replace(window=4)):
+        with pytest.raises(ValueError, match=f"cache must be one for {GPT.n_layers} layers and a window of None"):
+            model(tokens, cache=Transformer(other).new_cache(2))
 
 
 @pytest.mark.gpu

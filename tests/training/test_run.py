@@ -161,6 +161,18 @@ def test_fixed_settings_cannot_change(corpus: str, tmp_path: Path, section: str,
         train_run(tmp_path, corpus=corpus, **SETTINGS, progress=False, resume=False)
 
 
+def test_a_run_from_before_a_setting_existed_goes_on(corpus: str, tmp_path: Path) -> None:
+    train_run(tmp_path, corpus=corpus, **SETTINGS, progress=False)
+    file = tmp_path / "run.json"
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    for name in ("relative_distance", "relative_buckets", "window"):
+        del settings["model"][name]
+    file.write_text(json.dumps(settings), encoding="utf-8")
+    steps = SETTINGS["training"]["max_steps"] + 1
+    result = train_run(tmp_path, corpus=corpus, **changed("training", max_steps=steps), progress=False)
+    assert result.step == steps
+
+
 @pytest.mark.parametrize(
     ("section", "values", "message"),
     [

@@ -86,7 +86,7 @@ class NTKScaling:
 
 @dataclass(frozen=True)
 class YarnScaling:
-    """YaRN (Peng et al. 2023, section 3.2 and 3.3): fast pairs stay, slow ones are slowed, a ramp lies between.
+    """YaRN (Peng et al. 2023, "NTK-by-parts" and eq. 22): fast pairs stay, slow ones are slowed, a ramp lies between.
 
     A pair that turns at least ``beta_fast`` times within ``original_context_length`` is kept, one that turns at most
     ``beta_slow`` times is slowed by ``factor``. The paper draws the ramp between them over the number of turns; its
