@@ -9,8 +9,8 @@ from types import MappingProxyType
 class PublishedModel:
     """A published decoder's attention; ``kv_cache_bytes`` and ``attention_flops`` take it in place of a config.
 
-    Attributes: ``context_length``, the longest text by the source, in tokens (a released config may say more); ``window``, tokens that a token sees
-    (None: all before it); ``source``, where the numbers are printed.
+    Attributes: ``context_length``, the longest text by the source, in tokens (a released config may say more);
+    ``window``, tokens that a token sees (None: all before it); ``source``, where the numbers are printed.
     """
 
     name: str
