@@ -13,20 +13,7 @@ One pair of functions serves every variant, told apart by a few numbers:
 Operations are those of the matrix products, two for each multiplication and addition (see ``minillm.costs.flops``).
 """
 
-from typing import Protocol
-
-
-class AttentionShape(Protocol):
-    """The fields of ``minillm.models.TransformerConfig`` that one attention layer depends on."""
-
-    @property
-    def d_model(self) -> int: ...
-    @property
-    def n_heads(self) -> int: ...
-    @property
-    def n_kv_heads(self) -> int: ...
-    @property
-    def head_dim(self) -> int: ...
+from minillm.costs.shape import AttentionShape
 
 
 def live_pairs(query_length: int, key_length: int | None = None, *, window: int | None = None) -> int:

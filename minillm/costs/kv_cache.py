@@ -1,19 +1,6 @@
 """What a token leaves behind: bytes of the key/value cache, for every variant of attention and any length of text."""
 
-from typing import Protocol
-
-
-class CacheShape(Protocol):
-    """The fields of ``minillm.models.TransformerConfig``, and of ``PublishedModel``, that a KV cache depends on."""
-
-    @property
-    def n_layers(self) -> int: ...
-    @property
-    def n_kv_heads(self) -> int: ...
-    @property
-    def head_dim(self) -> int: ...
-    @property
-    def window(self) -> int | None: ...
+from minillm.costs.shape import CacheShape
 
 
 def kv_cache_bytes_per_token(config: CacheShape, bytes_per_value: float = 2) -> float:

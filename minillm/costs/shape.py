@@ -3,23 +3,39 @@
 from typing import Protocol
 
 
-class ModelShape(Protocol):
-    """The fields of ``minillm.models.TransformerConfig`` that costs depend on; any object that has them will do."""
+class AttentionShape(Protocol):
+    """What one attention layer depends on."""
 
     @property
-    def vocab_size(self) -> int: ...
-    @property
-    def context_length(self) -> int: ...
-    @property
     def d_model(self) -> int: ...
-    @property
-    def n_layers(self) -> int: ...
     @property
     def n_heads(self) -> int: ...
     @property
     def n_kv_heads(self) -> int: ...
     @property
     def head_dim(self) -> int: ...
+
+
+class CacheShape(Protocol):
+    """What a KV cache depends on."""
+
+    @property
+    def n_layers(self) -> int: ...
+    @property
+    def n_kv_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def window(self) -> int | None: ...
+
+
+class ModelShape(AttentionShape, CacheShape, Protocol):
+    """The fields of ``minillm.models.TransformerConfig`` that costs depend on; any object that has them will do."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def context_length(self) -> int: ...
     @property
     def d_ff(self) -> int: ...
     @property
@@ -36,8 +52,6 @@ class ModelShape(Protocol):
     def relative_distance(self) -> int: ...
     @property
     def relative_buckets(self) -> int: ...
-    @property
-    def window(self) -> int | None: ...
 
 
 def qkv_width(config: ModelShape) -> int:

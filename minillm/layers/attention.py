@@ -1,7 +1,5 @@
 """Multi-head attention: scaled dot products in several subspaces at once, with shared key heads if wanted."""
 
-from typing import Literal, overload
-
 from torch import Tensor, nn
 
 from minillm.layers.heads import Attend, check_sequence, head_sizes, turn
@@ -45,32 +43,6 @@ class MultiHeadAttention(nn.Module):
         self.qkv = nn.Linear(d_model, sum(self.qkv_sizes), bias=bias)
         self.output = nn.Linear(n_heads * self.head_dim, d_model, bias=bias)
 
-    @overload
-    def forward(
-        self,
-        x: Tensor,
-        *,
-        rotation: tuple[Tensor, Tensor] | None = ...,
-        mask: Tensor | None = ...,
-        bias: Tensor | None = ...,
-        causal: bool = ...,
-        cache: LayerKVCache | None = ...,
-        attend: Attend = ...,
-        return_weights: Literal[False] = ...,
-    ) -> Tensor: ...
-    @overload
-    def forward(
-        self,
-        x: Tensor,
-        *,
-        rotation: tuple[Tensor, Tensor] | None = ...,
-        mask: Tensor | None = ...,
-        bias: Tensor | None = ...,
-        causal: bool = ...,
-        cache: LayerKVCache | None = ...,
-        attend: Attend = ...,
-        return_weights: Literal[True],
-    ) -> tuple[Tensor, Tensor]: ...
     def forward(
         self,
         x: Tensor,

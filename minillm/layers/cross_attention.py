@@ -1,7 +1,6 @@
 """Cross-attention: queries from one sequence, keys and values from another, which is read once and remembered."""
 
 from dataclasses import dataclass
-from typing import Literal, overload
 
 from torch import Tensor, nn
 
@@ -80,32 +79,6 @@ class CrossAttention(nn.Module):
         key, value = (t.unflatten(-1, (self.n_kv_heads, self.head_dim)).transpose(1, 2) for t in (key, value))
         return CrossMemory(turn(key, rotation, "the memory's rotation"), value, rotation is not None)
 
-    @overload
-    def forward(
-        self,
-        x: Tensor,
-        memory: Tensor | CrossMemory,
-        *,
-        rotation: tuple[Tensor, Tensor] | None = ...,
-        memory_rotation: tuple[Tensor, Tensor] | None = ...,
-        mask: Tensor | None = ...,
-        bias: Tensor | None = ...,
-        attend: Attend = ...,
-        return_weights: Literal[False] = ...,
-    ) -> Tensor: ...
-    @overload
-    def forward(
-        self,
-        x: Tensor,
-        memory: Tensor | CrossMemory,
-        *,
-        rotation: tuple[Tensor, Tensor] | None = ...,
-        memory_rotation: tuple[Tensor, Tensor] | None = ...,
-        mask: Tensor | None = ...,
-        bias: Tensor | None = ...,
-        attend: Attend = ...,
-        return_weights: Literal[True],
-    ) -> tuple[Tensor, Tensor]: ...
     def forward(
         self,
         x: Tensor,

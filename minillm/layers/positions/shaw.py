@@ -1,7 +1,6 @@
 """Relative positions by Shaw et al.: learned vectors for clipped distances, added to keys and to values."""
 
 import math
-from typing import Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -42,36 +41,6 @@ class ShawPositions(nn.Module):
         nn.init.normal_(self.keys, std=0.02)
         nn.init.normal_(self.values, std=0.02)
 
-    @overload
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        mask: Tensor | None = ...,
-        bias: Tensor | None = ...,
-        causal: bool = ...,
-        scale: float | None = ...,
-        dropout: float = ...,
-        return_weights: Literal[False] = ...,
-        offset: int | None = ...,
-    ) -> Tensor: ...
-    @overload
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        mask: Tensor | None = ...,
-        bias: Tensor | None = ...,
-        causal: bool = ...,
-        scale: float | None = ...,
-        dropout: float = ...,
-        return_weights: Literal[True],
-        offset: int | None = ...,
-    ) -> tuple[Tensor, Tensor]: ...
     def forward(
         self,
         query: Tensor,
