@@ -3,13 +3,10 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from minillm.layers.sparse_algebra import Pattern
 
 DEAD, PARTIAL, FULL = 0, 1, 2
 _PAIRS_AT_ONCE = 2**18  # looked at together when a tile has to be looked into: 2 MiB of 8-byte integers
@@ -32,6 +29,13 @@ class Extent:
 
     def in_blocks(self, block_size: int) -> "Extent":
         return Extent(self.first // block_size, self.last // block_size)
+
+
+class Rule(Protocol):
+    """What of a :class:`minillm.layers.Pattern` its tiles are made from; hashable."""
+
+    def allowed(self, place: Tensor, key: Tensor, key_length: int) -> Tensor: ...
+    def bounds(self, place: Extent, key: Extent, key_length: int) -> tuple[Tensor, Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -199,7 +203,7 @@ class BlockLayout:
 
 
 @lru_cache(maxsize=32)
-def block_layout(pattern: "Pattern", query_length: int, key_length: int, block_size: int) -> BlockLayout:
+def block_layout(pattern: Rule, query_length: int, key_length: int, block_size: int) -> BlockLayout:
     """Cut ``pattern`` into tiles. Only the tiles its ``bounds`` leave open are looked at pair by pair.
 
     Remembered for the last 32 questions: a model asks the same one in every layer of every step.
