@@ -1,6 +1,6 @@
 """Train short, test long: every position scheme trained on windows of 128 tokens and read at up to 2048.
 
-    python benchmarks/extrapolation.py --json FILE       all schemes, three seeds: about 40 CPU-minutes, one thread
+    python benchmarks/extrapolation.py --json FILE       all schemes, three seeds: about 20 CPU-minutes, one thread
     python benchmarks/extrapolation.py --quick           the same in small, half a minute: shows that it runs, no more
 
 The experiment of Press et al. 2022 ("Train short, test long", figure 1), in small: one decoder per scheme, alike in all
@@ -25,7 +25,7 @@ and the peak of the bytes of tensors alive within a step, beside what Press et a
 The file is written after every model; the same command goes on where an interrupted one stopped. Its keys:
 
     benchmark, torch, python, corpus
-    settings             of `Settings`, by name; ``schemes``, ``seeds``
+    settings             of `Settings`, by name
     held_out             {"blocks", "documents", "bytes_per_token"}: what is evaluated; nats per token over
                          (ln 2 * bytes_per_token) are bits per byte
     runs                 a list; of each model and way of evaluating it
@@ -409,11 +409,11 @@ def write(path: Path | None, result: dict[str, Any]) -> None:
 
 def show(summary: dict[str, Any], lengths: tuple[int, ...]) -> None:
     for key, title in (("loss", "all tokens"), ("tail", f"the last {TAIL} tokens of the blocks")):
-        print(f"\nnats per token, {title}, by length{'':12}" + "".join(f"{length:>9}" for length in lengths))
+        print(f"\n{f'nats per token, {title}, by length':>66}" + "".join(f"{length:>9}" for length in lengths))
         for name, row in summary.items():
             cells = "".join(f"{row[key][str(n)][0]:9.3f}" if str(n) in row[key] else " " * 9 for n in lengths)
             sliding = f"   sliding {row['sliding'][0]:.3f}" if key == "tail" and "sliding" in row else ""
-            print(f"{name:>44}  {cells}{sliding}")
+            print(f"{name:>66}{cells}{sliding}")
 
 
 def show_overhead(result: dict[str, Any]) -> None:
