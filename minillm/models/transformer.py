@@ -20,6 +20,7 @@ from minillm.layers.positions import (
 )
 from minillm.layers.scaled_dot_product import causal_mask
 from minillm.layers.sparse_attention import block_sparse_attention
+from minillm.layers.sparse_patterns import causal as causal_pattern
 from minillm.layers.sparse_patterns import sliding_window
 from minillm.models.block import TransformerBlock, norm
 from minillm.models.config import TransformerConfig
@@ -177,8 +178,9 @@ class Transformer(nn.Module):
         if seq == 1:  # a branch, not `causal = seq > 1`: the compiler may keep that symbolic, and kernels refuse it
             causal = False
         bias = None if self.position_bias is None else self.position_bias(seq, keys)
-        if window is not None and self._pays_sparse(seq, window, device):
-            attend = partial(block_sparse_attention, pattern=sliding_window(window))
+        if self._sparse_pays(seq, window, bias, device):
+            pattern = causal_pattern() if window is None else sliding_window(window)
+            attend = partial(block_sparse_attention, pattern=pattern)
             return {"mask": mask, "bias": bias, "causal": False, "attend": attend}
         if window is not None or (causal and (mask is not None or bias is not None or seq < keys)):
             triangle = causal_mask(seq, keys, window=window, device=device)
@@ -189,14 +191,17 @@ class Transformer(nn.Module):
             causal = False
         return {"mask": mask, "bias": bias, "causal": causal}
 
-    def _pays_sparse(self, seq: int, window: int, device: torch.device) -> bool:
-        """Whether computing the window's live tiles alone is faster than masking all (``benchmarks/attention.py``).
+    def _sparse_pays(self, seq: int, window: int | None, bias: Tensor | None, device: torch.device) -> bool:
+        """Whether computing only the tiles that are not hidden is faster than masking all of them.
 
-        On other devices the fused kernels are too fast for a walk in Python, and a compiler cannot follow it; Shaw's
-        positions bring an attention of their own.
+        Torch's causal kernel skips what is hidden, but takes neither a window nor a bias beside it. On a CPU
+        (``benchmarks/attention.py``, ``benchmarks/extrapolation.py``) the walk over the tiles is faster from 512 tokens
+        on; on other devices the fused kernels are too fast for a walk in Python, and a compiler cannot follow it.
+        Shaw's positions bring an attention of their own.
         """
-        long_enough = seq >= 512 and seq >= 4 * window
-        return long_enough and device.type == "cpu" and self.config.positions != "shaw" and not is_compiling()
+        if seq < 512 or device.type != "cpu" or self.config.positions == "shaw" or is_compiling():
+            return False
+        return bias is not None if window is None else seq >= 4 * window
 
     def new_cache(self, batch_size: int, capacity: int | None = None) -> KVCache:
         """An empty cache for this model, in its dtype and on its device; ``capacity`` None is context_length."""

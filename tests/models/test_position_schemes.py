@@ -201,6 +201,26 @@ def test_long_texts_with_a_window_give_what_masking_gives(positions, padded):
         torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("positions", ["alibi", "t5"])
+def test_long_texts_with_a_bias_give_what_masking_gives(monkeypatch, positions, padded):
+    model = _model(positions, context_length=530, n_layers=2, initializer_std=0.1)
+    tokens = torch.randint(0, 29, (2, 530))
+    mask = torch.arange(530) >= torch.tensor([0, 100])[:, None]  # (2, 530)
+    seen = mask if padded else torch.ones_like(mask)
+    upstream = torch.randn(int(seen.sum()), 29)
+    results = []
+    for way in ("walk", "mask"):
+        if way == "mask":
+            monkeypatch.setattr(Transformer, "_sparse_pays", lambda *_: False)
+        model.zero_grad()
+        logits = model(tokens, mask=mask[:, None, None] if padded else None)[seen]
+        logits.backward(upstream)
+        results.append([logits, *(parameter.grad.clone() for parameter in model.parameters())])
+    for ours, masked in zip(*results, strict=True):
+        torch.testing.assert_close(ours, masked, atol=1e-3, rtol=1e-3)
+
+
 def test_a_window_makes_no_square_of_the_length():
     model = _model("rope", window=16, context_length=2048, n_layers=1)
     with _LargestTensor() as largest:
