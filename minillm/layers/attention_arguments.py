@@ -38,9 +38,9 @@ def check_mask_and_bias(mask: Tensor | None, bias: Tensor | None, scores: tuple[
     ``scores``: (batch, n_heads, query_length, key_length).
     """
     if mask is not None and mask.dtype is not torch.bool:
-        raise TypeError(f"mask must be boolean (True: may look), got {mask.dtype}; give additive scores as bias")
+        raise ValueError(f"mask must be boolean (True: may look), got {mask.dtype}; give additive scores as bias")
     if bias is not None and not bias.is_floating_point():
-        raise TypeError(f"bias must be floating point (added to the scores), got {bias.dtype}; give booleans as mask")
+        raise ValueError(f"bias must be floating point (added to the scores), got {bias.dtype}; give booleans as mask")
     for name, tensor in (("mask", mask), ("bias", bias)):
         if tensor is None:
             continue

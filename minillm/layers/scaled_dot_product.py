@@ -181,7 +181,8 @@ def scaled_dot_product_attention(
         return_weights: give the weights too: (batch, n_heads, query_length, key_length), before dropout.
 
     Returns: (batch, n_heads, query_length, value_dim), and the weights if asked for. A query that may see no key gets
-    zeros, never NaN. Raises TypeError for dtypes and ValueError for shapes that do not fit.
+    zeros, never NaN. Raises TypeError for tensors of unequal dtypes, ValueError for shapes and for a mask or a bias
+    that does not fit.
     """
     if return_weights:
         return plain_scaled_dot_product_attention(

@@ -313,9 +313,9 @@ def test_memory_grows_with_the_length_and_not_its_square() -> None:
     [
         ({"pattern": torch.ones(4, 4).bool()}, TypeError, "pattern must be a Pattern"),
         ({"block_size": 0}, ValueError, "block_size must be at least 1"),
-        ({"mask": torch.ones(4, 4)}, TypeError, "mask must be boolean"),
+        ({"mask": torch.ones(4, 4)}, ValueError, "mask must be boolean"),
         ({"mask": torch.ones(5, 4).bool()}, ValueError, "mask must broadcast"),
-        ({"bias": torch.ones(4, 4).bool()}, TypeError, "bias must be floating"),
+        ({"bias": torch.ones(4, 4).bool()}, ValueError, "bias must be floating"),
         ({"dropout": 1.0}, ValueError, "dropout"),
         ({"query": torch.randn(1, 3, 4, 2)}, ValueError, "multiple of the heads"),
         ({"value": torch.randn(1, 2, 4, 2).half()}, TypeError, "one floating-point dtype"),

@@ -228,7 +228,7 @@ def test_bad_positions_and_a_full_cache_are_refused_by_name():
 def test_bad_masks_and_other_models_caches_are_refused_by_name(positions):
     model = Transformer(GPT.replace(positions=positions))
     tokens = _tokens(2, 4)
-    with pytest.raises(TypeError, match=r"mask must be boolean \(True: may look\), got torch.float32"):
+    with pytest.raises(ValueError, match=r"mask must be boolean \(True: may look\), got torch.float32"):
         model(tokens, mask=torch.ones(4))
     for shape in ((2, 1, 4, 5), (3, 4), (1, 1, 1, 1, 4)):
         with pytest.raises(ValueError, match=r"mask must broadcast to \(batch, heads, query, key\) = \(2, "):
