@@ -233,6 +233,30 @@ def sine_table(length, d_model, *, start=0, base=10000.0):
                 "3 places of 8 numbers make a table (3, 8)",
             ),
             "base forgotten": (sines().replace("base **", "10000.0 **"), "yours does not use base"),
+            "places in bfloat16": (
+                sines(places="torch.arange(start, start + length, dtype=torch.bfloat16)"),
+                "places and angles must be worked out in float32 or better",
+            ),
+            "places in float16": (
+                sines(places="torch.arange(start, start + length, dtype=torch.float16)"),
+                "places and angles must be worked out in float32 or better",
+            ),
+            "speeds in float16": (
+                sines().replace("/ base ** (i / d_model)", "* (base ** (-i / d_model)).half().float()"),
+                "work places and speeds out in float32 or better",
+            ),
+            "angles in float16": (
+                sines().replace("/ base ** (i / d_model)", "/ (base ** (i / d_model)).half()"),
+                "add up to 1 only roughly",
+            ),
+            "divisors in float16": (
+                sines().replace("base ** (i / d_model)", "(base ** (i / d_model)).half().float()", 1),
+                "are places and angles worked out in float32 or better?",
+            ),
+            "cut from a table that ends": (
+                sines(places="torch.arange(512)[start:start + length]"),
+                "there is no last place",
+            ),
             "only sines": (
                 sines(table="torch.stack((angles.sin(), angles.sin()), -1).flatten(1)"),
                 "the vector of place 0 is 0, 1, 0, 1",
@@ -308,6 +332,38 @@ def sine_table(length, d_model, *, start=0, base=10000.0):
             "places from 1": (
                 rotated(places="torch.arange(start + 1, start + n + 1)"),
                 "are your places counted from 1",
+            ),
+            "halves swapped on return": (
+                rotated(out="torch.cat((a * sin + b * cos, a * cos - b * sin), -1).to(x.dtype)"),
+                "the halves are swapped in what you return",
+            ),
+            "tokens come back in reverse": (
+                rotated(out="torch.cat((a * cos - b * sin, a * sin + b * cos), -1).flip(-2).to(x.dtype)"),
+                "do your tokens or your places run backwards?",
+            ),
+            "places in reverse": (
+                rotated(places="torch.arange(start, start + n).flip(0)"),
+                "do your tokens or your places run backwards?",
+            ),
+            "places from 2": (
+                rotated(places="(torch.arange(start, start + n) + 2)"),
+                "so 1, 0, 0, 0, 0, 0, 0, 0 stays; yours becomes",
+            ),
+            "written over": (
+                rotated(
+                    before="turned = x.clone()",
+                    halves="turned.chunk(2, -1)",
+                    out="[a.copy_(a * cos - b * sin), b.copy_(a * sin + b * cos), turned][2]",
+                ),
+                "the second half is computed from the already turned first half",
+            ),
+            "places in float16": (
+                rotated(places="torch.arange(start, start + n, dtype=torch.float16)"),
+                "places and angles must be worked out in float32 or better",
+            ),
+            "angles in float16": (
+                ROTATE.replace("* speeds\n", "* speeds\n    angles = angles.half().float()\n").format(**ROTATED),
+                "out in float32 or better",
             ),
             "start forgotten": (rotated(places="torch.arange(n)"), "tokens that come later, with start=4"),
             "start backwards": (
@@ -426,6 +482,10 @@ def sine_table(length, d_model, *, start=0, base=10000.0):
             "one after the other": (
                 sloped(slopes="powers(m) + powers(2 * m)[: n_heads - m]"),
                 "yours takes one after the other",
+            ),
+            "the next smaller power, of powers too": (
+                sloped().replace("n_heads.bit_length() - 1", "max((n_heads - 1).bit_length() - 1, 0)"),
+                "8 is a power of two itself",
             ),
             "sorted": (
                 sloped(slopes="sorted(powers(m) + powers(2 * m)[0::2][: n_heads - m], reverse=True)"),
@@ -611,6 +671,9 @@ def sine_table(length, d_model, *, start=0, base=10000.0):
             "to the power of head_dim / 2": (base("base * factor ** (head_dim / 2)"), "times slower"),
             "to the power of head_dim": (base("base * factor ** head_dim"), "the new base is 160000; yours is"),
             "of pairs": (base("base * factor ** ((head_dim // 2) / (head_dim // 2 - 2 or 1))"), "times slower"),
+            "rounded": (base("round(base * factor ** (head_dim / (head_dim - 2)))"), "don't round"),
+            "whole": (base("int(base * factor ** (head_dim / (head_dim - 2)))"), "don't round"),
+            "whole, as a float": (base("float(base * factor ** (head_dim / (head_dim - 2)) // 1)"), "don't round"),
             "a power of the base": (
                 base("base ** (head_dim / (head_dim - 2)) * factor"),
                 "the new base is 160000; yours is",
@@ -855,6 +918,13 @@ def t5_bucket(relative_position, *, bidirectional, n_buckets=32, max_distance=12
         where += d + (n if bidirectional and r > 0 else 0)
     return out
 """,
+    ),
+    "differences of logarithms": (
+        "4.6",
+        bucket().replace(
+            "torch.log(distance.clamp(min=1) / exact) / math.log(max_distance / exact)",
+            "(distance.clamp(min=1).double().log() - math.log(exact)) / (math.log(max_distance) - math.log(exact))",
+        ),
     ),
     "by logarithms": (
         "4.7",
