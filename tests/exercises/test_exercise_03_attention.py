@@ -283,6 +283,44 @@ class TestExercise03(ExerciseTests):
                 softmax(result="e / (total.masked_fill(total == 0, 1.0) + 2e-10)"),
                 "is a small number added to the sum?",
             ),
+            "a limit under the largest score": (
+                softmax(largest="scores.amax(-1, keepdim=True).clamp(min=-1e4)"),
+                "does a large negative number (a limit, a clamp) stand in the place of -inf?",
+            ),
+            "a large negative number, its weight taken away afterwards": (
+                softmax(
+                    before="dead = scores == -math.inf; scores = scores.masked_fill(dead, -60000.0)",
+                    largest="scores.amax(-1, keepdim=True)",
+                    result="e / total * ~dead",
+                ),
+                "does a large negative number (a limit, a clamp) stand in the place of -inf?",
+            ),
+            "scores clamped": (
+                softmax(
+                    before="dead = scores == -math.inf; scores = scores.clamp(min=-1e9)",
+                    largest="scores.amax(-1, keepdim=True)",
+                    result="e / total * ~dead",
+                ),
+                "does a large negative number (a limit, a clamp) stand in the place of -inf?",
+            ),
+            "a limit that half precision cannot hold": (
+                softmax(largest="scores.amax(-1, keepdim=True).clamp(min=-1e30)"),
+                "your safe_softmax fails on scores in torch.float16",
+            ),
+            "in float32, cast back": (
+                softmax(
+                    before="dtype = scores.dtype; scores = scores.float()",
+                    result="(e / total.masked_fill(total == 0, 1.0)).to(dtype)",
+                ),
+                "do you work in float32 where the scores are float64?",
+            ),
+            "attention in float32, cast back": (
+                attended(
+                    before="query, key, value = query.float(), key.float(), value.float()",
+                    after="weights, value = weights.double(), value.double()",
+                ),
+                "do you work in float32 where they are float64?",
+            ),
             "changes its scores": (
                 softmax(before="scores -= scores.amax(-1, keepdim=True).nan_to_num(neginf=0.0)"),
                 "safe_softmax changes the scores",
@@ -337,6 +375,57 @@ class TestExercise03(ExerciseTests):
             "a large negative number added": (
                 attended(mask="scores = scores - 1e4 * ~mask"),
                 "a query that may see no key gives zeros",
+            ),
+            "a large negative number, the mask once more afterwards": (
+                attended(
+                    mask="scores = scores.masked_fill(~mask, -1e4)",
+                    after="weights = weights if mask is None else weights * mask",
+                ),
+                "with a mask, query 0 may see key 0 alone, whose score is -1e12",
+            ),
+            "a large negative number, causal": (
+                attended(causal=ATTENDED["causal"].replace("-math.inf", "-1e9")),
+                "yours share their weight out evenly, since a large negative number",
+            ),
+            "the smallest number, causal": (
+                attended(causal=ATTENDED["causal"].replace("-math.inf", "torch.finfo(scores.dtype).min")),
+                "yours share their weight out evenly, since a large negative number",
+            ),
+            "a large negative number, causal once more afterwards": (
+                attended(
+                    causal=ATTENDED["causal"].replace("-math.inf", "-1e9"),
+                    after="weights = weights.tril(k - n) if causal else weights",
+                ),
+                "causal, query 0 may see key 0 alone, whose score is -1e12",
+            ),
+            "no query before the first key": (
+                attended(causal=ATTENDED["causal"].replace("k - n", "max(k - n, 0)")),
+                "queries 0 and 1 stand before the first key, see nothing and get zeros",
+            ),
+            "queries before the first key at the first key": (
+                attended(
+                    causal="later = torch.arange(k) > (torch.arange(n) + k - n).clamp(min=0)[:, None]\n"
+                    "        scores = scores.masked_fill(later, -math.inf)"
+                ),
+                "your four queries see [1, 1, 1, 2] keys",
+            ),
+            "nan for queries before the first key": (
+                attended(
+                    causal="scores = scores.masked_fill(~torch.ones(n, k, dtype=torch.bool).tril(k - n), -math.inf)",
+                    weights="scores.exp() if mask is None else safe_softmax(scores)",
+                    after="weights = weights / weights.sum(-1, keepdim=True) if mask is None else weights",
+                ),
+                "see nothing and get zeros; yours get nan",
+            ),
+            "a score of 0 is forbidden": (
+                attended(mask="scores = scores * mask\n        scores = scores.masked_fill(scores == 0, -math.inf)"),
+                "have the weight 1/3 each",
+            ),
+            "a score of 0 is forbidden, causal": (
+                attended(
+                    causal="scores = scores.tril(k - n)\n        scores = scores.masked_fill(scores == 0, -math.inf)"
+                ),
+                "is a score of 0 taken for a forbidden one?",
             ),
             "scores multiplied by -inf": (
                 attended(mask="scores = scores * torch.where(mask, 1.0, -math.inf)"),
@@ -467,6 +556,46 @@ class TestExercise03(ExerciseTests):
                 several(parts="value, key, query = qkv(x).chunk(3, -1)"),
                 "the last third of qkv's outputs",
             ),
+            "split for another head_dim": (
+                several(parts="query, key, value = qkv(x).split(d_model, dim=2)"),
+                "head_dim need not be d_model / n_heads",
+            ),
+            "x detached": (several(parts="query, key, value = qkv(x.detach()).chunk(3, -1)"), "no gradient reaches x"),
+            "under no_grad": (
+                several(attend="with torch.no_grad(): found = attention(query, key, value, causal=causal)"),
+                "no gradient reaches x",
+            ),
+            "all under no_grad": (
+                several(out="output(merge_heads(found)).detach()"),
+                "carries no gradient: was it detached, or made under no_grad?",
+            ),
+            "the heads detached": (
+                several(heads="query, key, value = (split_heads(p.detach(), n_heads) for p in (query, key, value))"),
+                "no gradient reaches x",
+            ),
+            "the keys detached": (
+                several(attend="found = attention(query, key.detach(), value, causal=causal)"),
+                "were queries, keys or values detached?",
+            ),
+            "split in place": (
+                several(split="x.clone().reshape(b, l, n_heads, f // n_heads).transpose(1, 2) + 0 * x.zero_().sum()"),
+                "split_heads changes the tensor",
+            ),
+            "merged in place": (
+                several(merge="x.clone().transpose(1, 2).reshape(b, l, h * d) + 0 * x.zero_().sum()"),
+                "merge_heads changes the tensor",
+            ),
+            "x changed": (several(attend=SEVERAL["attend"] + "; x.zero_()"), "multi_head_attention changes x"),
+            "the weights changed": (
+                several(attend=SEVERAL["attend"] + "; qkv.weight.data.zero_()"),
+                "multi_head_attention changes x or the weights",
+            ),
+            "qkv taken to pieces": (
+                several(
+                    parts="query, key, value = (x @ w.T + c for w, c in zip(qkv.weight.chunk(3), qkv.bias.chunk(3)))"
+                ),
+                "a layer qkv without a bias must do too",
+            ),
             "causal forgotten": (several(attend="found = attention(query, key, value)"), "hand it on"),
             "always causal": (
                 several(attend="found = attention(query, key, value, causal=True)"),
@@ -511,9 +640,10 @@ class TestExercise03(ExerciseTests):
             ),
             "repeat_interleave": (
                 GROUPED.format(
-                    body="return attention(query, key.repeat_interleave(g, 1), value.repeat_interleave(g, 1))"
+                    body="return attention(query, key.repeat_interleave(g, 1), value.repeat_interleave(g, 1), "
+                    "causal=causal)"
                 ),
-                "uses repeat_interleave",
+                "keys or values are repeated",
             ),
             "expanded and reshaped": (
                 GROUPED.format(
@@ -564,6 +694,10 @@ class TestExercise03(ExerciseTests):
             ),
             "rows come back in another order": (
                 grouped(out="rearrange(out, 'b kv (n g) d -> b (kv g) n d', n=n)"),
+                "do the heads and the rows come back in their order",
+            ),
+            "heads and rows swapped": (
+                grouped(out="out.reshape(b, n, h, -1).transpose(1, 2)"),
                 "do the heads and the rows come back in their order",
             ),
             "float32 comes out": (grouped(out=FOLDS["out"] + ".float()"), "yours is torch.float32"),
@@ -645,6 +779,12 @@ class TestExercise03(ExerciseTests):
                 pool(bias="None if bias is None else bias[: (n_heads + 2 * n_kv_heads) * (len(bias) // 3 // n_heads)]"),
                 "the bias is pooled like the rows of the weight",
             ),
+            "the bias over neighbouring rows": (
+                pool(
+                    pooled="heads.reshape(n_kv_heads * d, g).mean(1) if heads.ndim == 1 else " + POOLED["pooled"],
+                ),
+                "the weight is right and the bias is not",
+            ),
             "fails without a bias": (pool(bias="convert(bias)"), "AttributeError"),
             "the weight only": (
                 pool().replace("return convert(weight), ", "return convert(weight) #"),
@@ -687,6 +827,13 @@ class TestExercise03(ExerciseTests):
                     " & (torch.arange(key_length) <= behind)",
                 ),
                 "query 3 of six queries and six keys sees the keys 1, 2, 3",
+            ),
+            "queries before the first key at the first key": (
+                windowed(
+                    behind="torch.arange(key_length - query_length, key_length).clamp(min=0)[:, None] "
+                    "- torch.arange(key_length)"
+                ),
+                "of the keys query 0 should see none; yours sees [0]",
             ),
             "a list": (windowed(mask="((behind >= 0) & (behind < window)).tolist()"), "returns a tensor"),
             "fails with more queries than keys": (
@@ -749,6 +896,51 @@ class TestExercise03(ExerciseTests):
             "dense with a mask": (
                 KINDS.format(**KIND) + "def block_window_attention(query, key, value, window, block_size):\n"
                 "    return attention(query, key, value, mask=window_mask(query.shape[2], key.shape[2], window))\n",
+                "compute no score in a dead block",
+            ),
+            "the whole mask, from a list": (
+                "def block_kinds(n, k, window, size):\n"
+                "    mask = torch.tensor([[0.0 <= i + k - n - j < window for j in range(k)] for i in range(n)])\n"
+                "    mask = F.pad(mask.float(), (0, -k % size, 0, -n % size), value=2.0)\n"
+                "    parts = mask.unfold(0, size, size).unfold(1, size, size).flatten(2)\n"
+                "    return (parts == 1).any(2).long() + ((parts > 0).all(2) & (parts == 1).any(2)).long()\n"
+                "from torch.nn import functional as F\n" + BLOCKS.format(**BLOCK),
+                "a tensor as large as the whole mask is made",
+            ),
+            "every pair, strip by strip": (
+                "def block_kinds(n, k, window, size):\n"
+                "    rows = []\n"
+                "    for start in range(0, n, size):\n"
+                "        behind = torch.arange(start, min(start + size, n))[:, None] + k - n - torch.arange(k)\n"
+                "        parts = ((behind >= 0) & (behind < window)).split(size, dim=1)\n"
+                "        rows.append([int(part.any()) + int(part.all()) for part in parts])\n"
+                "    return torch.tensor(rows)\n" + BLOCKS.format(**BLOCK),
+                "every pair of a query and a key is looked at, part by part",
+            ),
+            "not scaled": (
+                blocks(
+                    out="safe_softmax((some @ key[:, :, first:last].mT).masked_fill(~mask, -math.inf)) "
+                    "@ value[:, :, first:last]"
+                ),
+                "the scale is not: divide the scores by the square root of head_dim, you don't divide",
+            ),
+            "divided by head_dim": (
+                blocks(
+                    out="safe_softmax((some @ key[:, :, first:last].mT / 8).masked_fill(~mask, -math.inf)) "
+                    "@ value[:, :, first:last]"
+                ),
+                "you divide by head_dim",
+            ),
+            "all keys, without a matrix product": (
+                KINDS.format(**KIND) + "def block_window_attention(query, key, value, window, block_size):\n"
+                "    n, k = query.shape[2], key.shape[2]\n"
+                "    outs = []\n"
+                "    for i in range(0, n, 2):\n"
+                "        scores = (query[:, :, i:i + 2, None] * key[:, :, None]).sum(-1) / query.shape[-1] ** 0.5\n"
+                "        behind = torch.arange(i, i + scores.shape[2])[:, None] + k - n - torch.arange(k)\n"
+                "        weights = safe_softmax(scores.masked_fill((behind < 0) | (behind >= window), -math.inf))\n"
+                "        outs.append(weights @ value)\n"
+                "    return torch.cat(outs, 2)\n",
                 "compute no score in a dead block",
             ),
             "all keys up to the block": (blocks(first="0"), "compute no score in a dead block"),
@@ -818,6 +1010,21 @@ class TestExercise03(ExerciseTests):
             ),
             "a float": (cached(bytes=CACHED["bytes"] + " / 1"), "bytes are a whole number"),
             "tokens as a float": (cached(longest="memory_bytes / token"), "tokens are a whole number"),
+            "a window for all texts together": (
+                cached(
+                    kept="tokens * sequences if window is None else min(tokens * sequences, window)",
+                    bytes=CACHED["bytes"].replace(" * sequences", ""),
+                ),
+                "each text has its own window",
+            ),
+            "the last token never fits": (
+                cached(longest="(memory_bytes - 1) // token"),
+                "a token that just fits, fits",
+            ),
+            "rounded up, less one": (
+                cached(longest="math.ceil(memory_bytes / token) - 1"),
+                "a token that just fits, fits",
+            ),
             "rounded up": (cached(longest="-(-memory_bytes // token)"), "round down"),
             "rounded": (cached(longest="round(memory_bytes / token)"), "round down"),
             "one text only": (
@@ -862,7 +1069,7 @@ def attention(query, key, value, *, mask=None, causal=False):
     if causal:
         q, k = scores.shape[2:]
         for i in range(q):
-            allowed[:, :, i, k - q + i + 1:] = False
+            allowed[:, :, i, max(0, k - q + i + 1):] = False
     return torch.einsum("bhqk,bhkv->bhqv", safe_softmax(scores.masked_fill(~allowed, float("-inf"))), value)
 """,
     ),
@@ -906,6 +1113,17 @@ def attention(query, key, value, *, mask=None, causal=False):
         allowed = allowed & (torch.arange(k) <= torch.arange(k - n, k).unsqueeze(1))
     return weigh(scores, allowed) @ value
 """,
+    ),
+    "by the logarithm of the sum": (
+        "3.1",
+        """
+def safe_softmax(scores):
+    top = scores.amax(-1, keepdim=True)
+    top = torch.where(top == -math.inf, torch.zeros_like(top), top)
+    total = torch.exp(scores - top).sum(-1, keepdim=True)
+    return torch.exp(scores - (top + torch.log(total.masked_fill(total == 0, 1.0))))
+"""
+        + ATTENTION.format(**ATTENDED),
     ),
     "views and permutes, heads in a loop": (
         "3.2",
@@ -985,6 +1203,15 @@ def window_free(n, k):
     return torch.arange(k)[None] <= torch.arange(k - n, k)[:, None]
 """,
     ),
+    "rows of a group side by side, the mask repeated": (
+        "3.3",
+        grouped(
+            rows="rearrange(query, 'b (kv g) n d -> b kv (n g) d', kv=kv)",
+            mask="torch.ones(n, k, dtype=torch.bool).tril(k - n).repeat_interleave(g, 0) if causal else None",
+            out="rearrange(out, 'b kv (n g) d -> b (kv g) n d', n=n)",
+        ),
+    ),
+    "a list of both": ("3.4", pool().replace("return convert(weight), ", "return [convert(weight), ") + "]\n"),
     "a loop over groups": (
         "3.4",
         """
