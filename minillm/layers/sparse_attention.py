@@ -94,9 +94,9 @@ def block_sparse_attention(
         return_weights: give the weights too. They are a dense matrix, so the dense reference computes them.
         block_size: side of a tile in tokens. Small ones follow the pattern closer, large ones compute faster.
 
-    Memory beyond inputs, output and gradients: the scores of one block of queries, and a copy of inputs whose heads lie
-    side by side (as :class:`MultiHeadAttention` makes them). Differentiable once. Returns and raises what
-    :func:`scaled_dot_product_attention` does.
+    Computed in float32 at least. Memory beyond inputs, output and gradients: the scores of one block of queries, and a
+    copy of inputs that are narrower or whose heads lie side by side (as :class:`MultiHeadAttention` makes them).
+    Differentiable once. Returns and raises what :func:`scaled_dot_product_attention` does.
     """
     check_attention(query, key, value, mask, bias, dropout)
     if not isinstance(pattern, Pattern):
@@ -154,7 +154,7 @@ class _BlockSparse(torch.autograd.Function):
     ) -> Tensor:
         walk = Walk(query, key, value, bias, mask, layout, scale, dropout, seed)
         output = walk.value.new_zeros(*walk.query.shape[:3], value.size(3))  # queries in dead rows stay at zero
-        log_sums = walk.query.new_full((*walk.query.shape[:3], 1), math.inf, dtype=walk.accumulate)
+        log_sums = walk.query.new_full((*walk.query.shape[:3], 1), math.inf)
         for number, row in enumerate(layout.rows):
             keys, values = walk.live(walk.key, row), walk.live(walk.value, row)
             scores = walk.scores(row, walk.rows_of(walk.query, row), keys)
@@ -167,8 +167,8 @@ class _BlockSparse(torch.autograd.Function):
             total.masked_fill_(total == 0, 1.0)
             if dropout:
                 weights.mul_(walk.kept(number, weights))
-            attended = torch.bmm(weights.to(values.dtype), values)
-            walk.put(output, row, attended.div_(total))
+            walk.put(output, row, torch.bmm(weights, values).div_(total))
+        output = output.to(value.dtype)
         ctx.save_for_backward(query, key, value, bias, mask, output, log_sums)
         ctx.arguments = (layout, scale, dropout, seed)
         return output.view(*query.shape[:3], value.size(3))
@@ -180,35 +180,31 @@ class _BlockSparse(torch.autograd.Function):
         query, key, value, bias, mask, output, log_sums = ctx.saved_tensors
         layout, scale, dropout, seed = ctx.arguments
         walk = Walk(query, key, value, bias, mask, layout, scale, dropout, seed)
-        gradient = gradient.reshape(output.shape)
-        d_query = torch.zeros_like(walk.query)
-        # Every key collects from many rows: sums in half precision would lose the small ones.
-        d_key = torch.zeros_like(walk.key, dtype=walk.accumulate)
-        d_value = torch.zeros_like(walk.value, dtype=walk.accumulate)
+        gradient, output = (tensor.reshape(output.shape).to(walk.dtype) for tensor in (gradient, output))
+        d_query, d_key, d_value = (torch.zeros_like(tensor) for tensor in (walk.query, walk.key, walk.value))
         d_bias = None
         if bias is not None and ctx.needs_input_grad[3]:
-            d_bias = torch.zeros(walk.bias_shape, dtype=walk.accumulate, device=bias.device)
+            d_bias = torch.zeros(walk.bias_shape, dtype=walk.dtype, device=bias.device)
         for number, row in enumerate(layout.rows):
             keys, values = walk.live(walk.key, row), walk.live(walk.value, row)
             queries, d_output = walk.rows_of(walk.query, row), walk.rows_of(gradient, row)
             weights = walk.scores(row, queries, keys).sub_(walk.rows_of(log_sums, row)).exp2_()
-            d_weights = torch.bmm(d_output, values.mT).to(walk.accumulate)
+            d_weights = torch.bmm(d_output, values.mT)
             used = weights
             if dropout:
                 kept = walk.kept(number, weights)
                 used = weights * kept
                 d_weights.mul_(kept)
-            walk.add_product(d_value, row, used.to(values.dtype), d_output)
+            walk.add_product(d_value, row, used, d_output)
             # Through the softmax: dS = P * (dP - rowsum(P * dP)), and that sum is rowsum(dO * O).
-            delta = (d_output.to(walk.accumulate) * walk.rows_of(output, row)).sum(-1, keepdim=True)
+            delta = (d_output * walk.rows_of(output, row)).sum(-1, keepdim=True)
             d_scores = d_weights.sub_(delta).mul_(weights)
             if d_bias is not None:
                 walk.add_to_bias(d_bias, row, d_scores)
-            d_scores = d_scores.to(keys.dtype)
             walk.put(d_query, row, torch.bmm(d_scores, keys).mul_(scale))
             walk.add_product(d_key, row, d_scores, queries, scale)
         return (
-            d_query.reshape(query.shape),
+            d_query.reshape(query.shape).to(query.dtype),
             d_key.view(key.shape).to(key.dtype),
             d_value.view(value.shape).to(value.dtype),
             None if d_bias is None or bias is None else d_bias.view(bias.shape).to(bias.dtype),

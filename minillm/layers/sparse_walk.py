@@ -28,6 +28,10 @@ class Walk:
         self.batch, self.n_heads, query_length, head_dim = query.shape
         n_kv_heads, key_length = key.shape[1:3]
         n = self.batch * n_kv_heads
+        # In half precision scores would be rounded before the softmax, or overflow, and every key collects gradients
+        # from many rows. On a CPU products in float32 are no slower either.
+        self.dtype = torch.promote_types(query.dtype, torch.float32)
+        query, key, value = (tensor.to(self.dtype) for tensor in (query, key, value))
         self.query = query.reshape(n, self.n_heads // n_kv_heads, query_length, head_dim)  # (n, g, query_length, .)
         self.key = _dense_rows(key.reshape(n, key_length, head_dim))
         self.value = _dense_rows(value.reshape(n, key_length, value.size(3)))
@@ -35,7 +39,6 @@ class Walk:
         self.bias = None if bias is None else bias[(None,) * (4 - bias.dim())]
         self.bias_shape = (1,) * 4 if self.bias is None else tuple(self.bias.shape)
         self.block_size, self.scale, self.dropout, self.seed = layout.block_size, scale, dropout, seed
-        self.accumulate = torch.float64 if query.dtype is torch.float64 else torch.float32
         self.tiles = self._additive(layout.masks.to(query.device))
 
     def rows_of(self, tensor: Tensor, row: LiveRow) -> Tensor:
@@ -56,14 +59,11 @@ class Walk:
 
     def add_product(self, total: Tensor, row: LiveRow, left: Tensor, right: Tensor, scale: float = 1.0) -> None:
         """``total[live keys] += scale * left^T right``: left (n, g * rows, live keys), right (n, g * rows, .)."""
-        if len(row.runs) == 1 and total.dtype == left.dtype:
+        if len(row.runs) == 1:
             target = total[:, slice(*row.runs[0])]
             torch.baddbmm(target, left.mT, right, alpha=scale, out=target)
             return
-        part = torch.bmm(left.mT, right).to(total.dtype)
-        if len(row.runs) == 1:
-            total[:, slice(*row.runs[0])].add_(part, alpha=scale)
-            return
+        part = torch.bmm(left.mT, right)
         whole, ragged, tiles = self._tiles(total, row)
         n_whole = len(tiles) * self.block_size
         whole.index_add_(1, tiles, part[:, :n_whole].reshape(len(part), len(tiles), -1), alpha=scale)
@@ -85,7 +85,7 @@ class Walk:
         slower on -inf and on what underflows.
         """
         nothing = queries.new_zeros(1, 1, 1)
-        scores = torch.baddbmm(nothing, queries, keys.mT, beta=0, alpha=self.scale * _LOG2_E).to(self.accumulate)
+        scores = torch.baddbmm(nothing, queries, keys.mT, beta=0, alpha=self.scale * _LOG2_E)
         by_head = self._by_head(row, scores)
         if self.bias is not None:
             by_head.add_(_cut(self.bias, row), alpha=_LOG2_E)
@@ -116,7 +116,7 @@ class Walk:
 
     def _additive(self, allowed: Tensor) -> Tensor:
         """0 where allowed, else -inf. On CPU adding it takes a thirtieth of ``masked_fill_`` with a broadcast mask."""
-        return torch.zeros_like(allowed, dtype=self.accumulate).masked_fill_(~allowed, -math.inf)
+        return torch.zeros_like(allowed, dtype=self.dtype).masked_fill_(~allowed, -math.inf)
 
     def _by_head(self, row: LiveRow, scores: Tensor) -> Tensor:
         return scores.view(self.batch, self.n_heads, row.stop - row.start, row.n_keys)

@@ -192,6 +192,29 @@ def test_nothing_to_attend_from_or_to() -> None:
     assert block_sparse_attention(some[:0], some[:0], some[:0], star()).shape == (0, 2, 5, 4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_as_near_to_float64_as_torchs_fused_kernel(dtype):
+    inputs = [3 * tensor.detach() for tensor in _inputs(130, 130, dims=(64, 64), dtype=dtype)]
+    mask = sliding_window(40).dense(130, 130)
+    outputs = []
+    for attend in (
+        lambda *tensors: block_sparse_attention(*tensors, sliding_window(40), block_size=32),
+        lambda *tensors: F.scaled_dot_product_attention(*tensors, mask, enable_gqa=True),
+        lambda *tensors: F.scaled_dot_product_attention(*(t.double() for t in tensors), mask, enable_gqa=True),
+    ):
+        leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+        output = attend(*leaves)
+        gradients = torch.autograd.grad(output.double().square().sum(), leaves)
+        outputs.append([output.double(), *(gradient.double() for gradient in gradients)])
+    for ours, fused, exact in zip(*outputs, strict=True):
+        assert (ours - exact).norm() < 1.2 * (fused - exact).norm() + 1e-9
+
+
+def test_scores_beyond_float16_are_no_trouble():
+    query = torch.full((1, 1, 70, 64), 128.0, dtype=torch.float16)  # scores of 131,072
+    torch.testing.assert_close(block_sparse_attention(query, query, query, causal(), block_size=32), query)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["Longformer", "causal BigBird", "strided"])
