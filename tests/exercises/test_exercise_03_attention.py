@@ -1390,6 +1390,10 @@ def test_right_answers_of_other_kinds_pass(what):
     assert judge("03", part, answer) is None
 
 
+def test_every_part_has_the_three_levels_of_hints_that_the_notebook_promises():
+    assert {len(part.hints) for part in find_exercise("03").parts} == {3}
+
+
 def test_headings_and_intro_give_the_titles_and_minutes_that_the_machine_shows():
     exercise = find_exercise("03")
     text = "\n".join(cell.source for cell in exercise.notebook.cells if cell.cell_type == "markdown")

@@ -806,6 +806,20 @@ def alibi_bias(n_heads, query_length, key_length):
     return bias
 """,
     ),
+    "the third hint on slopes": (
+        "4.4",
+        """
+def alibi_slopes(n_heads):
+    power = 2 ** int(math.log2(n_heads))
+    exponents = [8 * h / power for h in range(1, power + 1)]
+    exponents += [4 * h / power for h in range(1, 2 * (n_heads - power), 2)]
+    return 2.0 ** -torch.tensor(exponents)
+
+def alibi_bias(n_heads, query_length, key_length):
+    places = torch.arange(key_length - query_length, key_length)
+    return -alibi_slopes(n_heads)[:, None, None] * (places[:, None] - torch.arange(key_length))
+""",
+    ),
     "symmetric": (
         "4.4",
         sloped(distance="(" + SLOPED["distance"] + ").abs()"),
@@ -904,6 +918,21 @@ def t5_bucket(relative_position, *, bidirectional, n_buckets=32, max_distance=12
     return torch.bucketize(distance, torch.tensor(edges), right=True) + n * (relative_position > 0) * bidirectional
 """,
     ),
+    "the third hint on buckets": (
+        "4.6",
+        """
+def t5_bucket(relative_position, *, bidirectional, n_buckets=32, max_distance=128):
+    if bidirectional:
+        n, distance, first = n_buckets // 2, relative_position.abs(), n_buckets // 2 * (relative_position > 0)
+    else:
+        n, distance, first = n_buckets, (-relative_position).clamp(min=0), 0
+    exact = n // 2
+    far = exact + (
+        torch.log(distance.clamp(min=exact) / exact) / math.log(max_distance / exact) * (n - exact)
+    ).long()
+    return first + torch.where(distance < exact, distance, far.clamp(max=n - 1))
+""",
+    ),
     "math.log": (
         "4.6",
         """
@@ -941,6 +970,10 @@ def ntk_base(base, head_dim, factor):
 def test_right_answers_of_other_kinds_pass(what):
     part, answer = RIGHT[what]
     assert judge("04", part, answer) is None
+
+
+def test_every_part_has_the_three_levels_of_hints_that_the_notebook_promises():
+    assert {len(part.hints) for part in find_exercise("04").parts} == {3}
 
 
 def test_headings_and_intro_give_the_titles_and_minutes_that_the_machine_shows():
