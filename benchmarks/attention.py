@@ -47,15 +47,16 @@ WINDOW = 1024
 
 
 def seconds(run: Callable[[], object], device: torch.device) -> float:
+    """To the microsecond."""
     if device.type == "cpu":
         start = time.process_time()
         run()
-        return time.process_time() - start
+        return round(time.process_time() - start, 6)
     torch.cuda.synchronize(device)
     start = time.perf_counter()
     run()
     torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+    return round(time.perf_counter() - start, 6)
 
 
 def take_turns(
@@ -229,7 +230,7 @@ def decode(context: int, rounds: int, device: torch.device) -> dict[str, Any]:
         cache.layers[0].append(*before)
     torch.testing.assert_close(generate(caches["full"]), generate(caches["rolling"]))
     times = take_turns({name: partial(generate, cache) for name, cache in caches.items()}, rounds, device)
-    times = {name: [t / steps for t in side] for name, side in times.items()}
+    times = {name: [round(t / steps, 8) for t in side] for name, side in times.items()}
     faster = ratio(times["full"], times["rolling"])
     for name, cache in caches.items():
         print(f"  {context:>6} {name:8} {_ms(times[name])}  {cache.nbytes / 2**20:7.1f}")
