@@ -19,7 +19,9 @@ class ShawPositions(nn.Module):
 
     The vectors of all pairs, (query, key, head_dim), are never made: there are few distinct ones. A query is multiplied
     with the table once and its (query, table) products picked for each key; weights are summed for each row of the
-    table and the (query, table) sums multiplied with the values' table (section 3.3 for the first half).
+    table and the (query, table) sums multiplied with the values' table. (The paper's section 3.3 keeps the vectors of
+    all pairs and shares them between heads and texts; Huang et al. 2018, "Music Transformer", section 3.4, multiply
+    with the table first.)
 
     Args:
         head_dim: of query, key and value.
