@@ -40,7 +40,7 @@ PUBLISHED_MODELS: Mapping[str, PublishedModel] = MappingProxyType(
         model.name: model
         for model in (
             PublishedModel("GPT-2 XL", 48, 1600, 25, 25, 64, 1024, "Radford et al. 2019, table 2; released config"),
-            PublishedModel("GPT-3 175B", 96, 12288, 96, 96, 128, 2048, "Brown et al. 2020, table 2.1; its banded layers as dense"),
+            PublishedModel("GPT-3 175B", 96, 12288, 96, 96, 128, 2048, "Brown et al. 2020, table 2.1; all dense here"),
             PublishedModel("OPT-13B", 40, 5120, 40, 40, 128, 2048, "Zhang et al. 2022, table 1"),
             PublishedModel("OPT-175B", 96, 12288, 96, 96, 128, 2048, "Zhang et al. 2022, table 1"),
             PublishedModel("BLOOM 176B", 70, 14336, 112, 112, 128, 2048, "Le Scao et al. 2022, table 3"),
