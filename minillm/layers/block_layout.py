@@ -13,11 +13,13 @@ _PAIRS_AT_ONCE = 2**18  # looked at together when a tile has to be looked into: 
 
 
 def at_least(name: str, value: int, minimum: int) -> None:
-    """Raise TypeError unless ``value`` is an integer, ValueError unless it is ``minimum`` or more."""
+    """Raise TypeError unless ``value`` is an integer, ValueError unless it lies between ``minimum`` and 2**31."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if value < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value}")
+    if value > 2**31:  # so that no product of two leaves int64
+        raise ValueError(f"{name} must be at most 2**31, got {value}")
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,9 @@ class LiveRow:
 
     def tiles(self, block_size: int) -> Tensor:
         """The numbers of the live tiles, int64; a narrower one at the ragged end is left out."""
-        return torch.cat([torch.arange(start // block_size, stop // block_size) for start, stop in self.runs])
+        return torch.cat(
+            [torch.arange(start // block_size, stop // block_size, device="cpu") for start, stop in self.runs]
+        )
 
 
 @dataclass(frozen=True)
@@ -147,7 +151,7 @@ class BlockLayout:
                     number * size,
                     min((number + 1) * size, self.query_length),
                     tuple((start, stop) for start, stop in runs),
-                    tuple((first, width, torch.tensor(numbers)) for first, width, numbers in partial),
+                    tuple((first, width, torch.tensor(numbers, device="cpu")) for first, width, numbers in partial),
                 )
 
     def cost(
@@ -190,6 +194,10 @@ class BlockLayout:
         value_dim: int | None,
         bytes_per_value: int,
     ) -> ExecutionCost:
+        at_least("head_dim", head_dim, 1)
+        at_least("n_heads", n_heads, 1)
+        if n_kv_heads is not None:
+            at_least("n_kv_heads", n_kv_heads, 1)
         widths = head_dim + (head_dim if value_dim is None else value_dim)
         return ExecutionCost(
             flops=2 * work * widths * n_heads,
@@ -202,7 +210,7 @@ class BlockLayout:
         return "\n".join(" ".join("·▒█"[state] for state in row) for row in self.states.tolist())
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=32, typed=True)
 def block_layout(pattern: Rule, query_length: int, key_length: int, block_size: int) -> BlockLayout:
     """Cut ``pattern`` into tiles. Only the tiles its ``bounds`` leave open are looked at pair by pair.
 
@@ -211,8 +219,11 @@ def block_layout(pattern: Rule, query_length: int, key_length: int, block_size: 
     at_least("query_length", query_length, 0)
     at_least("key_length", key_length, 0)
     at_least("block_size", block_size, 1)
+    block_size = min(block_size, max(query_length, key_length, 1))  # a longer tile would be empty beyond that
     offset = key_length - query_length
-    query_starts, key_starts = (torch.arange(0, length, block_size) for length in (query_length, key_length))
+    query_starts, key_starts = (
+        torch.arange(0, length, block_size, device="cpu") for length in (query_length, key_length)
+    )
     query_ends = (query_starts + block_size).clamp(max=query_length)
     key_ends = (key_starts + block_size).clamp(max=key_length)
     area = (query_ends - query_starts)[:, None] * (key_ends - key_starts)
@@ -222,13 +233,13 @@ def block_layout(pattern: Rule, query_length: int, key_length: int, block_size: 
         some, every = pattern.bounds(place, Extent(key_starts, key_ends - 1), key_length)
         some, every = some.expand(shape), every.expand(shape)
     else:
-        some = every = torch.zeros(shape, dtype=torch.bool)
+        some = every = torch.zeros(shape, dtype=torch.bool, device="cpu")
 
     pairs = torch.where(every, area, 0)
-    mask_numbers = torch.full(shape, -1)
+    mask_numbers = torch.full(shape, -1, device="cpu")
     masks: list[Tensor] = []
     known: dict[bytes, int] = {}
-    within = torch.arange(block_size)
+    within = torch.arange(block_size, device="cpu")
     for tiles in torch.split((some & ~every).nonzero(), max(1, _PAIRS_AT_ONCE // block_size**2)):
         row, column = tiles.unbind(1)
         query = (query_starts[row, None] + within)[:, :, None]
@@ -246,7 +257,7 @@ def block_layout(pattern: Rule, query_length: int, key_length: int, block_size: 
             if number == len(masks):
                 masks.append(mask.clone())
             numbers.append(number)
-        mask_numbers[row[partial], column[partial]] = torch.tensor(numbers, dtype=torch.int64)
+        mask_numbers[row[partial], column[partial]] = torch.tensor(numbers, dtype=torch.int64, device="cpu")
     states = torch.where(pairs == area, FULL, torch.where(pairs > 0, PARTIAL, DEAD)).to(torch.int8)
-    different = torch.stack(masks) if masks else torch.zeros(0, block_size, block_size, dtype=torch.bool)
+    different = torch.stack(masks) if masks else torch.zeros(0, block_size, block_size, dtype=torch.bool, device="cpu")
     return BlockLayout(query_length, key_length, block_size, states, pairs, mask_numbers, different)

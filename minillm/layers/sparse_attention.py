@@ -14,7 +14,6 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from minillm.layers.attention_arguments import check_attention
 from minillm.layers.block_layout import BlockLayout
@@ -94,9 +93,11 @@ def block_sparse_attention(
         return_weights: give the weights too. They are a dense matrix, so the dense reference computes them.
         block_size: side of a tile in tokens. Small ones follow the pattern closer, large ones compute faster.
 
-    Computed in float32 at least. Memory beyond inputs, output and gradients: the scores of one block of queries, and a
-    copy of inputs that are narrower or whose heads lie side by side (as :class:`MultiHeadAttention` makes them).
-    Differentiable once. Returns and raises what :func:`scaled_dot_product_attention` does.
+    Computed in float32 at least; under autocast, too, the inputs' own dtype decides. Memory beyond inputs, output and
+    gradients: the scores of one block of queries, twice in the backward pass; a mask for each different partial tile;
+    and a copy of inputs that are narrower or whose heads lie side by side (as :class:`MultiHeadAttention` makes them).
+    Differentiable once. Returns and raises what :func:`scaled_dot_product_attention` does, but that NaN or infinity in
+    a hidden key reaches the queries of its tile, and a bias below -1e38 hides as -inf does.
     """
     check_attention(query, key, value, mask, bias, dropout)
     if not isinstance(pattern, Pattern):
@@ -168,6 +169,7 @@ class _BlockSparse(torch.autograd.Function):
             if dropout:
                 weights.mul_(walk.kept(number, weights))
             walk.put(output, row, torch.bmm(weights, values).div_(total))
+            del scores, weights  # before the next row's are made
         output = output.to(value.dtype)
         ctx.save_for_backward(query, key, value, bias, mask, output, log_sums)
         ctx.arguments = (layout, scale, dropout, seed)
@@ -175,8 +177,9 @@ class _BlockSparse(torch.autograd.Function):
 
     @staticmethod
     @_without_autocast
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # a second gradient would silently miss this part
+            raise RuntimeError("block_sparse_attention is differentiable once: create_graph must be False")
         query, key, value, bias, mask, output, log_sums = ctx.saved_tensors
         layout, scale, dropout, seed = ctx.arguments
         walk = Walk(query, key, value, bias, mask, layout, scale, dropout, seed)
@@ -203,6 +206,7 @@ class _BlockSparse(torch.autograd.Function):
                 walk.add_to_bias(d_bias, row, d_scores)
             walk.put(d_query, row, torch.bmm(d_scores, keys).mul_(scale))
             walk.add_product(d_key, row, d_scores, queries, scale)
+            del weights, used, d_weights, d_scores  # before the next row's are made
         return (
             d_query.reshape(query.shape).to(query.dtype),
             d_key.view(key.shape).to(key.dtype),

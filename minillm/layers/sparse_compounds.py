@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+from minillm.layers.block_layout import at_least
 from minillm.layers.sparse_algebra import Pattern
 from minillm.layers.sparse_patterns import (
     band,
@@ -19,6 +20,7 @@ def sparse_transformer_strided(stride: int) -> Pattern:
     Query ``i`` sees the keys ``i - stride .. i`` and every earlier key with ``(i - j) % stride == 0``: this is the
     paper's merged head. The two heads of the other variant are ``band(stride, 0)`` and ``dilated(None, 0, stride)``.
     """
+    at_least("stride", stride, 1)
     return band(stride, 0) | dilated(None, 0, stride)
 
 
@@ -28,7 +30,9 @@ def sparse_transformer_fixed(stride: int, c: int) -> Pattern:
     Query ``i`` sees the keys of its own block of ``stride`` up to itself, and the last ``c`` of every earlier block,
     which sum it up. Raises ValueError unless ``1 <= c <= stride``.
     """
-    if not 1 <= c <= stride:
+    at_least("stride", stride, 1)
+    at_least("c", c, 1)
+    if c > stride:
         raise ValueError(f"c must be in [1, stride={stride}], got {c}")
     summaries = global_tokens(range(stride - c, stride), every=stride, symmetric=False)
     return causal() & (block_local(stride) | summaries)
@@ -40,7 +44,8 @@ def longformer(window: int, *, global_places: int | Iterable[int] = 1, dilation:
     window: even. dilation: of the window (the paper dilates it in two heads of the upper layers, 1 is no gaps).
     global_places: the first so many tokens or which; they see everyone and are seen by everyone.
     """
-    if window < 2 or window % 2:
+    at_least("window", window, 2)
+    if window % 2:
         raise ValueError(f"window must be even and at least 2 (half of it on each side), got {window}")
     return dilated(window // 2, window // 2, dilation) | global_tokens(global_places)
 
@@ -59,7 +64,8 @@ def big_bird(
     blocks, so that one may fall on the window. global_blocks: the first so many or which; the authors' code takes
     the first and the last.
     """
-    if window_blocks < 1 or window_blocks % 2 == 0:
+    at_least("window_blocks", window_blocks, 1)
+    if window_blocks % 2 == 0:
         raise ValueError(f"window_blocks must be odd and at least 1, got {window_blocks}")
     return (
         block_local(block_size, behind=window_blocks // 2, ahead=window_blocks // 2)
@@ -74,7 +80,6 @@ def star() -> Pattern:
     Token 0 is the relay: it sees everyone and everyone sees it. A satellite sees itself and its two neighbours, and the
     ring is closed: the first satellite and the last token are neighbours.
     """
-    first, last = 1, -1
-    closing = global_tokens([last], symmetric=False) & global_tokens([first])
-    closing |= global_tokens([first], symmetric=False) & global_tokens([last])
-    return global_tokens(1) | band(1) | closing
+    keys = {place: global_tokens([place], symmetric=False) for place in (1, -1)}  # everyone looks there
+    rows = {place: global_tokens([place]) & ~keys[place] for place in (1, -1)}  # it looks everywhere
+    return global_tokens(1) | band(1) | (rows[1] & keys[-1]) | (rows[-1] & keys[1])

@@ -85,6 +85,8 @@ class GlobalTokens(Pattern):
 
     def __post_init__(self) -> None:
         at_least("block_size", self.block_size, 1)
+        for place in self.places:
+            at_least("places", place, -(2**31))
         if self.every is not None:
             at_least("every", self.every, 1)
             outside = [place for place in self.places if not 0 <= place * self.block_size < self.every]
@@ -133,9 +135,12 @@ class RandomBlocks(Pattern):
     def __post_init__(self) -> None:
         at_least("n_blocks", self.n_blocks, 0)
         at_least("block_size", self.block_size, 1)
+        at_least("seed", self.seed, 0)
+        if self.seed >= 2**31:
+            raise ValueError(f"seed must be below 2**31, got {self.seed}")
 
     def _rank(self, row: Tensor, column: Tensor) -> Tensor:
-        return _mix(_mix(row + _mix(torch.tensor(self.seed & 0x7FFFFFFF, device=row.device))) + column) << 31 | column
+        return _mix(_mix(row + _mix(torch.tensor(self.seed, device=row.device))) + column) << 31 | column
 
     def _drawn(self, row: Tensor, column: Tensor, key_length: int) -> Tensor:
         """Boolean, for numbers of blocks that broadcast."""
@@ -207,6 +212,8 @@ def global_tokens(
     if isinstance(places, int):
         at_least("places", places, 0)
         places = range(places)
+    elif not isinstance(places, Iterable):
+        raise TypeError(f"places must be a number of tokens or their places, got {places!r}")
     return GlobalTokens(tuple(places), symmetric, block_size, every)
 
 

@@ -39,7 +39,9 @@ class Walk:
         self.bias = None if bias is None else bias[(None,) * (4 - bias.dim())]
         self.bias_shape = (1,) * 4 if self.bias is None else tuple(self.bias.shape)
         self.block_size, self.scale, self.dropout, self.seed = layout.block_size, scale, dropout, seed
-        self.tiles = self._additive(layout.masks.to(query.device))
+        self.tiles = layout.masks.to(query.device)
+        # Made once where many rows share a few; a pattern of many different tiles makes each row's anew.
+        self.additive_tiles = self._additive(self.tiles) if len(self.tiles) <= 64 else None
 
     def rows_of(self, tensor: Tensor, row: LiveRow) -> Tensor:
         """The row's queries of (n, g, query_length, .) as one matrix for each key head: (n, g * rows, .)."""
@@ -54,7 +56,7 @@ class Walk:
         if len(row.runs) == 1:
             return tensor[:, slice(*row.runs[0])]
         whole, ragged, tiles = self._tiles(tensor, row)
-        gathered = whole.index_select(1, tiles).view(tensor.size(0), -1, tensor.size(2))
+        gathered = whole.index_select(1, tiles).view(tensor.size(0), len(tiles) * self.block_size, tensor.size(2))
         return gathered if ragged is None else torch.cat((gathered, ragged), 1)
 
     def add_product(self, total: Tensor, row: LiveRow, left: Tensor, right: Tensor, scale: float = 1.0) -> None:
@@ -66,7 +68,7 @@ class Walk:
         part = torch.bmm(left.mT, right)
         whole, ragged, tiles = self._tiles(total, row)
         n_whole = len(tiles) * self.block_size
-        whole.index_add_(1, tiles, part[:, :n_whole].reshape(len(part), len(tiles), -1), alpha=scale)
+        whole.index_add_(1, tiles, part[:, :n_whole].reshape(len(part), len(tiles), whole.size(2)), alpha=scale)
         if ragged is not None:
             ragged.add_(part[:, n_whole:], alpha=scale)
 
@@ -81,7 +83,7 @@ class Walk:
     def scores(self, row: LiveRow, queries: Tensor, keys: Tensor) -> Tensor:
         """Scaled, biased and masked scores of the row: (n, g * rows, live keys), for the caller to overwrite.
 
-        In units of log 2, because ``exp2`` takes the same time everywhere; torch's ``exp`` on CPU is 60 to 300 times
+        In units of log 2, because ``exp2`` takes the same time everywhere; torch's ``exp`` on CPU is 15 to 150 times
         slower on -inf and on what underflows.
         """
         nothing = queries.new_zeros(1, 1, 1)
@@ -90,8 +92,10 @@ class Walk:
         if self.bias is not None:
             by_head.add_(_cut(self.bias, row), alpha=_LOG2_E)
         for first, width, numbers in row.partial:
-            tiles = self.tiles[numbers].transpose(0, 1).flatten(1)  # side by side, as the keys are
-            by_head[..., first : first + width] += tiles[: row.stop - row.start, :width]
+            known = self.additive_tiles
+            tiles = self._additive(self.tiles[numbers]) if known is None else known[numbers]
+            beside = tiles.transpose(0, 1).flatten(1)  # as the keys are
+            by_head[..., first : first + width] += beside[: row.stop - row.start, :width]
         if self.mask is not None:
             by_head += self._additive(_cut(self.mask, row))
         return scores

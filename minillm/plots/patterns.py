@@ -32,10 +32,9 @@ def pattern_grid(
     """
     if not patterns:
         raise ValueError("patterns must hold at least one matrix, got none")
-    if columns is not None and columns < 1:
-        raise ValueError(f"columns must be at least 1, got {columns}")
-    if block_size is not None and block_size < 1:
-        raise ValueError(f"block_size must be at least 1, got {block_size}")
+    for name, number in (("columns", columns), ("block_size", block_size)):
+        if number is not None and (not isinstance(number, int) or number < 1):
+            raise ValueError(f"{name} must be an integer of at least 1, got {number}")
     matrices = {name: _matrix(name, pattern) for name, pattern in patterns.items()}
     columns = min(len(matrices), 4 if columns is None else columns)
     rows = math.ceil(len(matrices) / columns)

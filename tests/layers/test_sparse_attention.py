@@ -165,12 +165,13 @@ def test_values_out_of_reach_stay_finite() -> None:
     assert block_sparse_attention(query, key, value, causal(), bias=bias, block_size=8).eq(0).all()
 
 
+@pytest.mark.parametrize("block_size", [8, 4])  # with 4 a row's live keys are several ranges
 @pytest.mark.parametrize("batch", [1, 2])
-def test_a_strided_view_is_read_and_its_gradient_fits(batch: int) -> None:
+def test_a_strided_view_is_read_and_its_gradient_fits(batch: int, block_size: int) -> None:
     base = torch.randn(batch, 24, 3, 4, 8, dtype=torch.float64, requires_grad=True)
     query, key, value = base.permute(2, 0, 3, 1, 4)
     _check_equal(
-        block_sparse_attention(query, key, value, star(), block_size=8),
+        block_sparse_attention(query, key, value, star(), block_size=block_size),
         _torchs(query, key, value, star().dense(24, 24)),
         [base],
     )
@@ -246,6 +247,41 @@ def test_dropout_drops_weights_evenly_and_keeps_their_sum_on_average() -> None:
     torch.testing.assert_close(dropped[kept], weights[kept] / (1 - p))
 
 
+def test_each_row_of_tiles_drops_weights_of_its_own() -> None:
+    query = torch.zeros(1, 1, 64, 4)
+    value = torch.eye(64)[None, None]
+    dropped = block_sparse_attention(query, query, value, band(64), dropout=0.5, block_size=16)[0, 0] == 0
+    blocks = dropped.view(4, 16, 64)
+    for i in range(4):
+        for j in range(i):
+            assert not torch.equal(blocks[i], blocks[j])
+
+
+def test_a_second_derivative_is_refused_rather_than_wrong() -> None:
+    query = torch.randn(1, 1, 9, 4, requires_grad=True)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.grad(block_sparse_attention(query, query, query, causal()).sum(), query, create_graph=True)
+
+
+@pytest.mark.parametrize(("batch", "value_dim"), [(0, 4), (1, 0)])
+def test_nothing_in_many_ranges_is_nothing(batch: int, value_dim: int) -> None:
+    query, value = torch.randn(batch, 2, 9, 4, requires_grad=True), torch.randn(batch, 2, 9, value_dim)
+    output = block_sparse_attention(query, query, value, star(), block_size=2)
+    assert output.shape == (batch, 2, 9, value_dim)
+    output.sum().backward()
+    assert query.grad is not None
+    assert query.grad.eq(0).all()
+
+
+def test_a_pattern_of_many_different_tiles_is_computed_as_any() -> None:
+    pattern = random_blocks(5, block_size=1)
+    assert len(pattern.blocks(200, 200, 16).masks) > 64
+    inputs = _inputs(200, 200)
+    _check_equal(
+        block_sparse_attention(*inputs, pattern, block_size=16), _torchs(*inputs, pattern.dense(200, 200)), inputs
+    )
+
+
 def test_weights_on_request_are_the_dense_ones() -> None:
     query, key, value = _inputs(9, 12)
     mask = torch.rand(2, 1, 1, 12) < 0.7
@@ -313,6 +349,14 @@ def _peak_bytes(run: Callable[[], object]) -> int:
         held += event.nbytes()
         peak = max(peak, held)
     return peak
+
+
+def test_one_row_of_scores_exists_at_a_time_and_two_in_the_backward_pass() -> None:
+    inputs = [torch.randn(1, 4, 4096, 4, requires_grad=True) for _ in range(3)]  # small beside a row of scores
+    scores = causal().blocks(4096, 4096, 64).cost(4, n_heads=4).score_bytes
+    with torch.no_grad():
+        assert _peak_bytes(lambda: block_sparse_attention(*inputs, causal())) < 1.5 * scores
+    assert _peak_bytes(lambda: block_sparse_attention(*inputs, causal()).sum().backward()) < 2.7 * scores
 
 
 def test_memory_grows_with_the_length_and_not_its_square() -> None:

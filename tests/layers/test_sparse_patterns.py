@@ -103,7 +103,7 @@ def _atoms() -> st.SearchStrategy[Pattern]:
             lambda n, b, seed, c: random_blocks(n, block_size=b, seed=seed, causal=c),
             st.integers(0, 4),
             size,
-            st.integers(0, 2**40),
+            st.integers(0, 2**31 - 1),
             st.booleans(),
         ),
     )
@@ -328,6 +328,17 @@ def test_draws_itself() -> None:
         (lambda: global_tokens(-1), ValueError, "places must be at least 0"),
         (lambda: global_tokens([5], every=5), ValueError, "places must lie in"),
         (lambda: random_blocks(-1), ValueError, "n_blocks must be at least 0"),
+        (lambda: random_blocks(1, seed=1.5), TypeError, "seed must be an integer"),
+        (lambda: random_blocks(1, seed=2**31), ValueError, "seed must be below"),
+        (lambda: band(2**63), ValueError, r"behind must be at most 2\*\*31"),
+        (lambda: global_tokens([1.5]), TypeError, "places must be an integer, got 1.5"),
+        (lambda: global_tokens(2.0), TypeError, "places must be a number of tokens or their places"),
+        (lambda: sparse_transformer_strided(2.5), TypeError, "stride must be an integer"),
+        (lambda: sparse_transformer_fixed(4, 2.0), TypeError, "c must be an integer"),
+        (lambda: longformer(4.0), TypeError, "window must be an integer"),
+        (lambda: big_bird(4, window_blocks=3.0), TypeError, "window_blocks must be an integer"),
+        (lambda: causal().blocks(8, 8, 8) and causal().blocks(8, 8, 8.0), TypeError, "block_size must be an integer"),
+        (lambda: causal().blocks(8, 8, 8).cost(-3), ValueError, "head_dim must be at least 1"),
         (lambda: sparse_transformer_strided(0), ValueError, "at least 1"),
         (lambda: sparse_transformer_fixed(4, 5), ValueError, "c must be in"),
         (lambda: longformer(5), ValueError, "window must be even"),
@@ -339,3 +350,25 @@ def test_draws_itself() -> None:
 def test_refuses_what_makes_no_pattern(make: Callable[[], object], error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         make()
+
+
+def test_a_tile_is_no_longer_than_the_text() -> None:
+    layout = causal().blocks(29, 29, 8192)
+    assert layout.masks.shape == (1, 29, 29)
+    assert (layout.states.shape, layout.live_pairs) == ((1, 1), 29 * 30 // 2)
+
+
+def test_layouts_are_made_on_the_cpu_whatever_the_default_device() -> None:
+    with torch.device("meta"):
+        layout = (star() | random_blocks(1, block_size=3)).blocks(31, 31, 4)
+    assert layout.live_pairs > 0
+    assert {t.device.type for t in (layout.states, layout.pairs, layout.masks, layout.mask_numbers)} == {"cpu"}
+
+
+def test_a_star_of_two_tokens_and_a_query_before_them() -> None:
+    """Only the relay, token 0, is seen from a place before the text; the two tokens see each other."""
+    assert star().dense(3, 2).tolist() == [[True, False], [True, True], [True, True]]
+
+
+def test_global_places_far_before_a_short_text_are_nowhere() -> None:
+    assert not global_tokens([-8], symmetric=False).dense(3, 3).any()

@@ -221,6 +221,44 @@ def test_long_texts_with_a_bias_give_what_masking_gives(monkeypatch, positions, 
         torch.testing.assert_close(ours, masked, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("positions", ["alibi", "t5"])
+@torch.no_grad()
+def test_a_long_piece_behind_a_filled_cache_gives_what_one_pass_gives(positions):
+    model = _model(positions, context_length=900, n_layers=1)
+    tokens = torch.randint(0, 29, (1, 900))
+    cache = model.new_cache(1)
+    pieces = torch.cat([model(piece, cache=cache) for piece in tokens.split([300, 600], dim=1)], 1)
+    torch.testing.assert_close(pieces, model(tokens), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "seq", "walks"),
+    [
+        ({"positions": "alibi"}, 512, True),
+        ({"positions": "t5"}, 512, True),
+        ({"positions": "alibi"}, 511, False),
+        ({"positions": "rope"}, 600, False),
+        ({"positions": "rope", "window": 100}, 512, True),
+        ({"positions": "alibi", "window": 200}, 600, False),
+        ({"positions": "shaw", "window": 100}, 600, False),
+    ],
+)
+@torch.no_grad()
+def test_where_a_walk_over_the_tiles_is_taken(changes, seq, walks):
+    model = _model(context_length=600, n_layers=1, **changes)
+    _, sight = model._embed(torch.zeros(1, seq, dtype=torch.int64), None, None, None)
+    assert ("attend" in sight) == walks
+
+
+@pytest.mark.parametrize("changes", [{"positions": "alibi"}, {"positions": "rope", "window": 64}])
+@torch.no_grad()
+def test_a_compiled_model_gives_the_same_on_a_long_text(changes):
+    model = _model(context_length=520, n_layers=1, **changes)
+    tokens = torch.randint(0, 29, (1, 520))
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(tokens), model(tokens), atol=1e-4, rtol=1e-4)
+
+
 def test_a_window_makes_no_square_of_the_length():
     model = _model("rope", window=16, context_length=2048, n_layers=1)
     with _LargestTensor() as largest:

@@ -55,8 +55,8 @@ def test_stays_within_a_notebook_page(count: int) -> None:
         ({"x": [True, False]}, {}, "n_queries, n_keys"),
         ({"x": np.zeros((0, 3))}, {}, "neither 0"),
         ({"x": np.full((2, 2), 0.5)}, {}, "True and False only"),
-        ({"x": np.eye(2)}, {"columns": 0}, "columns must be at least 1"),
-        ({"x": np.eye(2)}, {"block_size": 0}, "block_size must be at least 1"),
+        ({"x": np.eye(2)}, {"columns": 0}, "columns must be an integer of at least 1"),
+        ({"x": np.eye(2)}, {"block_size": 0}, "block_size must be an integer of at least 1"),
     ],
 )
 def test_refuses_what_is_no_pattern(patterns: dict[str, Any], arguments: dict[str, int], words: str) -> None:
