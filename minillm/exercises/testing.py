@@ -9,6 +9,7 @@ answer, its checks (hidden ones included). So dozens of them take a second.
 import contextlib
 import io
 import linecache
+import re
 import signal
 import sys
 import threading
@@ -97,6 +98,15 @@ class _Cells:
         return out.getvalue()
 
 
+def solution_names(exercise: str, *, folder: Path | str | None = None) -> dict[str, object]:
+    """The names that the setup and answer cells of the solution define, to be held against other libraries."""
+    names: dict[str, object] = {}
+    for cell in find_exercise(exercise, folder).notebook.cells:
+        if cell.cell_type == "code" and role(cell) != "check":
+            exec(cell.source, names)
+    return names
+
+
 @contextlib.contextmanager
 def _deadline(seconds: int) -> Iterator[None]:
     """``TimeoutError`` in a wrong answer that never ends; where signals reach it (main thread, no Windows)."""
@@ -122,13 +132,14 @@ class ExerciseTests:
     Attributes:
         exercise: "02", "02_tokenizers".
         wrong_answers: part -> what is wrong -> (the answer cell's whole source, words that the message must hold); at
-        least
-            three a part.
+            least three a part.
+        right_answers: what is different -> (part, the answer cell's whole source): answers that must pass.
         folder: the exercises folder; by default ``./exercises`` or the clone's own.
     """
 
     exercise: ClassVar[str]
     wrong_answers: ClassVar[Mapping[str, Mapping[str, tuple[str, str]]]]
+    right_answers: ClassVar[Mapping[str, tuple[str, str]]] = {}
     folder: ClassVar[Path | str | None] = None
 
     def test_generated_notebook_is_committed(self) -> None:
@@ -155,6 +166,26 @@ class ExerciseTests:
         with _Cells() as cells, pytest.raises(NotImplementedError) as raised:
             cells.run_all(generate(exercise).cells[:until])
         assert str(raised.value) == f"Exercise {first.number}: {first.task}", f"a student reads: {raised.value}"
+
+    def test_titles_and_minutes_are_those_that_the_machine_shows(self) -> None:
+        exercise = find_exercise(self.exercise, self.folder)
+        text = "\n".join(cell.source for cell in exercise.notebook.cells if cell.cell_type == "markdown")
+        headings = re.findall(r"(?m)^## (\d+\.\d+) (.*) \((\d+) minutes\)$", text)
+        assert headings == [(part.number, part.title, str(part.minutes)) for part in exercise.parts]
+        # The table of an introduction: "| 30: 10 + 20 |" and the sum of its rows, in words below.
+        rows = re.findall(r"(?m)\| (\d+)(?:: ([\d +]+))? \|$", text)
+        added = [sum(map(int, (terms or total).split("+"))) for total, terms in rows]
+        assert added == [int(total) for total, _ in rows]
+        if rows:
+            hours, minutes = divmod(sum(added), 60)
+            assert sum(added) == sum(part.minutes for part in exercise.parts)
+            assert f"about {hours} hours and {minutes} minutes" in text
+
+    def test_right_answers_of_other_kinds_pass(self) -> None:
+        exercise = find_exercise(self.exercise, self.folder)
+        messages = {what: judge(exercise, part, answer) for what, (part, answer) in self.right_answers.items()}
+        rejected = [f"{what}: {message}" for what, message in messages.items() if message is not None]
+        assert not rejected, "\n".join(rejected)
 
     def test_each_part_has_three_wrong_answers(self) -> None:
         parts = {part.number for part in find_exercise(self.exercise, self.folder).parts}

@@ -22,6 +22,7 @@ def _cells():
     yield setup_cell(
         "setup", "import random\n\nfrom minillm.exercises import check_that\n\nSEED = 0\nnumbers = [1, 2, 3, 4]"
     )
+    yield text_cell("text-90-1", "## 90.1 The sum (3 minutes)")
     yield answer_cell(
         "90.1",
         '''def total(numbers):
@@ -53,6 +54,7 @@ check_that(total([-1]) == -1, "negative numbers count too")
 """,
         points=2,
     )
+    yield text_cell("text-90-2", "## 90.2 The mean (3 minutes)")
     yield answer_cell(
         "90.2",
         '''def mean(numbers):
@@ -72,6 +74,7 @@ check_that(total([-1]) == -1, "negative numbers count too")
         "90.2", 'check_that(mean([2]) == 2, "the mean of one number is that number")', name="check-90-2-one", points=0.5
     )
     for n, name, value in ((3, "largest", 4), (4, "smallest", 1), (5, "middle", 2)):
+        yield text_cell(f"text-90-{n}", f"## 90.{n} The {name} (1 minutes)")
         yield answer_cell(
             f"90.{n}",
             f"def {name}(numbers):\n    ### BEGIN SOLUTION\n    return {value}\n    ### END SOLUTION",

@@ -2,7 +2,6 @@
 
 import io
 
-import nbformat
 import pytest
 import regex
 import sentencepiece
@@ -14,8 +13,7 @@ from tokenizers.models import BPE, Unigram, WordPiece
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
-from minillm.exercises.folder import find_exercise, find_folder
-from minillm.exercises.testing import ExerciseTests, judge
+from minillm.exercises.testing import ExerciseTests, solution_names
 
 COUNT_PAIRS = """
 def count_pairs(words):
@@ -244,8 +242,185 @@ def bytes_as(token: str) -> str:
     return f"pieces.extend([piece] if piece in log_probs else {token})"
 
 
+RIGHT = {
+    "exact fractions": (
+        "2.7",
+        """
+from fractions import Fraction
+
+def wordpiece_letters(word):
+    return (*word[:1], *("##" + letter for letter in word[1:]))
+
+def pair_scores(words):
+    def freq(piece):
+        return sum(count * word.count(piece) for word, count in words.items())
+    pairs = [(pair, count) for word, count in words.items() for pair in zip(word, word[1:])]
+    return {p: Fraction(sum(n for other, n in pairs if other == p), freq(p[0]) * freq(p[1])) for p, _ in pairs}
+
+def best_pair(scores):
+    return sorted(pair for pair in scores if scores[pair] == max(scores.values()))[0]
+""",
+    ),
+    "every piece tried at every place": (
+        "2.8",
+        """
+def encode_wordpiece(word, vocabulary):
+    pieces = []
+    while word:
+        mark = "##" if pieces else ""
+        fits = [p for p in vocabulary if p.startswith("##") == bool(mark) and word.startswith(p[len(mark):])]
+        if not fits:
+            return ["[UNK]"]
+        pieces.append(max(fits, key=len))
+        word = word[len(pieces[-1]) - len(mark):]
+    return pieces
+""",
+    ),
+    "a recursive match": (
+        "2.8",
+        """
+def match(rest, vocabulary, mark):
+    for end in range(len(rest), 0, -1):
+        if mark + rest[:end] in vocabulary:
+            after = match(rest[end:], vocabulary, "##")
+            return None if after is None else [mark + rest[:end], *after]
+    return None if rest else []
+
+def encode_wordpiece(word, vocabulary):
+    found = match(word, vocabulary, "")
+    return ["[UNK]"] if found is None else found
+""",
+    ),
+    "recursion that remembers": (
+        "2.9",
+        """
+from functools import cache
+
+def viterbi(text, log_probs):
+    unknown = min(log_probs.values()) - 10
+    @cache
+    def best(end):
+        ways = []
+        for start in range(end):
+            p = log_probs.get(text[start:end], unknown if end - start == 1 else None)
+            if p is not None:
+                ways.append((best(start)[0] + p, -start))
+        return max(ways) if ways else (0.0, 0)
+    pieces, end = [], len(text)
+    while end:
+        pieces.insert(0, text[-best(end)[1]:end])
+        end = -best(end)[1]
+    return pieces
+""",
+    ),
+    "recursion from the end, remembered": (
+        "2.9",
+        """
+from functools import lru_cache
+
+def viterbi(text, log_probs):
+    unknown = min(log_probs.values()) - 10
+    @lru_cache(maxsize=None)
+    def best(end):
+        if end == 0:
+            return 0.0, ()
+        ways = []
+        for start in reversed(range(end)):
+            piece = text[start:end]
+            if piece in log_probs or len(piece) == 1:
+                score, pieces = best(start)
+                ways.append((score + log_probs.get(piece, unknown), -start, pieces + (piece,)))
+        score, _, pieces = max(ways)
+        return score, pieces
+    return list(best(len(text))[1])
+""",
+    ),
+    "pushing forward, whole lists of pieces kept": (
+        "2.9",
+        """
+def viterbi(text, log_probs):
+    lowest = min(log_probs.values())
+    probs = {c: lowest - 10 for c in text} | dict(log_probs)
+    best = {0: (0.0, [])}
+    for start in range(len(text)):
+        for piece, p in probs.items():
+            if text.startswith(piece, start):
+                end, score = start + len(piece), best[start][0] + p
+                if end not in best or score > best[end][0]:
+                    best[end] = score, best[start][1] + [piece]
+    return best[len(text)][1]
+""",
+    ),
+    "expectations carried forward": (
+        "2.10",
+        """
+from collections import defaultdict
+
+def expected_counts(words, probabilities):
+    expected = defaultdict(float, dict.fromkeys(probabilities, 0.0))
+    for word, count in words.items():
+        table = [(1.0, {})]  # for each end: the probability of all ways, and each piece's share of it
+        for end in range(1, len(word) + 1):
+            alpha, shares = 0.0, defaultdict(float)
+            for start in range(end):
+                p = probabilities.get(word[start:end], 0.0)
+                alpha += table[start][0] * p
+                shares[word[start:end]] += table[start][0] * p
+                for piece, share in table[start][1].items():
+                    shares[piece] += share * p
+            table.append((alpha, shares))
+        for piece, share in table[-1][1].items():
+            if piece in probabilities:
+                expected[piece] += count * share / table[-1][0]
+    return expected
+
+def em_step(words, probabilities):
+    expected = expected_counts(words, probabilities)
+    return {piece: expected[piece] / sum(expected.values()) for piece in probabilities}
+""",
+    ),
+    "one U+FFFD for each byte, as SentencePiece writes": (
+        "2.11",
+        """
+import re
+
+def encode_pieces(text, log_probs):
+    pieces = []
+    for piece in viterbi(("▁" + text).replace(" ", "▁"), log_probs) if text else []:
+        pieces += [piece] if piece in log_probs else ["<0x%02X>" % byte for byte in piece.encode()]
+    return pieces
+
+def of_bytes(run):
+    text, i = "", 0
+    while i < len(run):
+        for n in (1, 2, 3, 4):
+            try:
+                text, i = text + run[i:i + n].decode(), i + n
+                break
+            except UnicodeDecodeError:
+                pass
+        else:
+            text, i = text + "\ufffd", i + 1
+    return text
+
+def decode_pieces(pieces):
+    text, run = "", b""
+    for piece in pieces:
+        byte = re.fullmatch("<0x(..)>", piece)
+        if byte:
+            run += bytes.fromhex(byte[1])
+        else:
+            text, run = text + of_bytes(run) + piece.replace("▁", " "), b""
+    text += of_bytes(run)
+    return text[1:] if text.startswith(" ") else text
+""",
+    ),
+}
+
+
 class TestExercise02(ExerciseTests):
     exercise = "02"
+    right_answers = RIGHT
     wrong_answers = {  # noqa: RUF012
         "2.1": {
             "every word counts once": (
@@ -1523,210 +1698,9 @@ def decode_pieces(pieces):
     }
 
 
-RIGHT = {
-    "exact fractions": (
-        "2.7",
-        """
-from fractions import Fraction
-
-def wordpiece_letters(word):
-    return (*word[:1], *("##" + letter for letter in word[1:]))
-
-def pair_scores(words):
-    def freq(piece):
-        return sum(count * word.count(piece) for word, count in words.items())
-    pairs = [(pair, count) for word, count in words.items() for pair in zip(word, word[1:])]
-    return {p: Fraction(sum(n for other, n in pairs if other == p), freq(p[0]) * freq(p[1])) for p, _ in pairs}
-
-def best_pair(scores):
-    return sorted(pair for pair in scores if scores[pair] == max(scores.values()))[0]
-""",
-    ),
-    "every piece tried at every place": (
-        "2.8",
-        """
-def encode_wordpiece(word, vocabulary):
-    pieces = []
-    while word:
-        mark = "##" if pieces else ""
-        fits = [p for p in vocabulary if p.startswith("##") == bool(mark) and word.startswith(p[len(mark):])]
-        if not fits:
-            return ["[UNK]"]
-        pieces.append(max(fits, key=len))
-        word = word[len(pieces[-1]) - len(mark):]
-    return pieces
-""",
-    ),
-    "a recursive match": (
-        "2.8",
-        """
-def match(rest, vocabulary, mark):
-    for end in range(len(rest), 0, -1):
-        if mark + rest[:end] in vocabulary:
-            after = match(rest[end:], vocabulary, "##")
-            return None if after is None else [mark + rest[:end], *after]
-    return None if rest else []
-
-def encode_wordpiece(word, vocabulary):
-    found = match(word, vocabulary, "")
-    return ["[UNK]"] if found is None else found
-""",
-    ),
-    "recursion that remembers": (
-        "2.9",
-        """
-from functools import cache
-
-def viterbi(text, log_probs):
-    unknown = min(log_probs.values()) - 10
-    @cache
-    def best(end):
-        ways = []
-        for start in range(end):
-            p = log_probs.get(text[start:end], unknown if end - start == 1 else None)
-            if p is not None:
-                ways.append((best(start)[0] + p, -start))
-        return max(ways) if ways else (0.0, 0)
-    pieces, end = [], len(text)
-    while end:
-        pieces.insert(0, text[-best(end)[1]:end])
-        end = -best(end)[1]
-    return pieces
-""",
-    ),
-    "recursion from the end, remembered": (
-        "2.9",
-        """
-from functools import lru_cache
-
-def viterbi(text, log_probs):
-    unknown = min(log_probs.values()) - 10
-    @lru_cache(maxsize=None)
-    def best(end):
-        if end == 0:
-            return 0.0, ()
-        ways = []
-        for start in reversed(range(end)):
-            piece = text[start:end]
-            if piece in log_probs or len(piece) == 1:
-                score, pieces = best(start)
-                ways.append((score + log_probs.get(piece, unknown), -start, pieces + (piece,)))
-        score, _, pieces = max(ways)
-        return score, pieces
-    return list(best(len(text))[1])
-""",
-    ),
-    "pushing forward, whole lists of pieces kept": (
-        "2.9",
-        """
-def viterbi(text, log_probs):
-    lowest = min(log_probs.values())
-    probs = {c: lowest - 10 for c in text} | dict(log_probs)
-    best = {0: (0.0, [])}
-    for start in range(len(text)):
-        for piece, p in probs.items():
-            if text.startswith(piece, start):
-                end, score = start + len(piece), best[start][0] + p
-                if end not in best or score > best[end][0]:
-                    best[end] = score, best[start][1] + [piece]
-    return best[len(text)][1]
-""",
-    ),
-    "expectations carried forward": (
-        "2.10",
-        """
-from collections import defaultdict
-
-def expected_counts(words, probabilities):
-    expected = defaultdict(float, dict.fromkeys(probabilities, 0.0))
-    for word, count in words.items():
-        table = [(1.0, {})]  # for each end: the probability of all ways, and each piece's share of it
-        for end in range(1, len(word) + 1):
-            alpha, shares = 0.0, defaultdict(float)
-            for start in range(end):
-                p = probabilities.get(word[start:end], 0.0)
-                alpha += table[start][0] * p
-                shares[word[start:end]] += table[start][0] * p
-                for piece, share in table[start][1].items():
-                    shares[piece] += share * p
-            table.append((alpha, shares))
-        for piece, share in table[-1][1].items():
-            if piece in probabilities:
-                expected[piece] += count * share / table[-1][0]
-    return expected
-
-def em_step(words, probabilities):
-    expected = expected_counts(words, probabilities)
-    return {piece: expected[piece] / sum(expected.values()) for piece in probabilities}
-""",
-    ),
-    "one U+FFFD for each byte, as SentencePiece writes": (
-        "2.11",
-        """
-import re
-
-def encode_pieces(text, log_probs):
-    pieces = []
-    for piece in viterbi(("▁" + text).replace(" ", "▁"), log_probs) if text else []:
-        pieces += [piece] if piece in log_probs else ["<0x%02X>" % byte for byte in piece.encode()]
-    return pieces
-
-def of_bytes(run):
-    text, i = "", 0
-    while i < len(run):
-        for n in (1, 2, 3, 4):
-            try:
-                text, i = text + run[i:i + n].decode(), i + n
-                break
-            except UnicodeDecodeError:
-                pass
-        else:
-            text, i = text + "\ufffd", i + 1
-    return text
-
-def decode_pieces(pieces):
-    text, run = "", b""
-    for piece in pieces:
-        byte = re.fullmatch("<0x(..)>", piece)
-        if byte:
-            run += bytes.fromhex(byte[1])
-        else:
-            text, run = text + of_bytes(run) + piece.replace("▁", " "), b""
-    text += of_bytes(run)
-    return text[1:] if text.startswith(" ") else text
-""",
-    ),
-}
-
-
-@pytest.mark.parametrize("what", RIGHT)
-def test_right_answers_of_other_kinds_pass(what):
-    part, answer = RIGHT[what]
-    assert judge("02", part, answer) is None
-
-
-def test_headings_and_intro_give_the_titles_and_minutes_that_the_machine_shows():
-    exercise = find_exercise("02")
-    text = "\n".join(cell.source for cell in exercise.notebook.cells if cell.cell_type == "markdown")
-    headings = regex.findall(r"(?m)^## (2\.\d+) (.*) \((\d+) minutes\)$", text)
-    assert headings == [(part.number, part.title, str(part.minutes)) for part in exercise.parts]
-    families = regex.findall(r"(?m)\| (\d+)(?:: ([\d +]+))? \|$", text)
-    added = [sum(map(int, (terms or total).split("+"))) for total, terms in families]
-    assert added == [int(total) for total, _ in families]
-    hours, minutes = divmod(sum(added), 60)
-    assert sum(added) == sum(part.minutes for part in exercise.parts)
-    assert f"about {hours} hours and {minutes} minutes" in text
-
-
 @pytest.fixture(scope="module")
 def solution() -> dict[str, object]:
-    """The names that the solution's setup and answer cells define."""
-    notebook = nbformat.read(find_folder() / "solutions" / "02_tokenizers.ipynb", as_version=4)
-    names: dict[str, object] = {"regex": regex}
-    for cell in notebook.cells:
-        if cell.cell_type == "code" and not cell.metadata["nbgrader"]["grade"]:
-            exec(cell.source, names)
-    return names
+    return solution_names("02")
 
 
 def spelled(token: str) -> bytes:

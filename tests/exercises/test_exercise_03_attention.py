@@ -1,8 +1,5 @@
 """Exercise 03: wrong answers that students may well give, right ones of other kinds; the solution against torch."""
 
-import re
-
-import nbformat
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,8 +7,8 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import create_block_mask
 
-from minillm.exercises.folder import find_exercise, find_folder
-from minillm.exercises.testing import ExerciseTests, judge
+from minillm.exercises.folder import find_exercise
+from minillm.exercises.testing import ExerciseTests, solution_names
 
 SOFTMAX = """
 def safe_softmax(scores):
@@ -238,8 +235,348 @@ def cached(**changes: str) -> str:
     return CACHE.format(**CACHED | changes)
 
 
+RIGHT = {
+    "einsum, a row at a time, in float64": (
+        "3.1",
+        """
+def safe_softmax(scores):
+    dtype, shape = scores.dtype, scores.shape
+    rows = []
+    for row in scores.double().reshape(-1, shape[-1]):
+        top = row.max()
+        if top == -math.inf:
+            rows.append(row.detach().exp())
+        else:
+            e = (row - top).exp()
+            rows.append(e / e.sum())
+    return torch.stack(rows).reshape(shape).to(dtype)
+
+def attention(query, key, value, *, mask=None, causal=False):
+    scores = torch.einsum("bhqd,bhkd->bhqk", query, key) * query.shape[3] ** -0.5
+    allowed = torch.ones_like(scores, dtype=torch.bool)
+    if mask is not None:
+        allowed = allowed & mask
+    if causal:
+        q, k = scores.shape[2:]
+        for i in range(q):
+            allowed[:, :, i, max(0, k - q + i + 1):] = False
+    return torch.einsum("bhqk,bhkv->bhqv", safe_softmax(scores.masked_fill(~allowed, float("-inf"))), value)
+""",
+    ),
+    "where, and a bias of -inf": (
+        "3.1",
+        """
+def safe_softmax(scores):
+    dead = torch.isneginf(scores).all(dim=-1, keepdim=True)
+    alive = torch.where(dead, 0.0, scores)
+    e = (alive - alive.max(dim=-1, keepdim=True).values.detach()).exp()
+    return torch.where(dead, 0.0, e / e.sum(dim=-1, keepdim=True))
+
+def attention(query, key, value, *, mask=None, causal=False):
+    q, k = query.size(-2), key.size(-2)
+    bias = torch.zeros(q, k, dtype=query.dtype)
+    if causal:
+        bias = bias + torch.full((q, k), -math.inf, dtype=query.dtype).triu(k - q + 1)
+    if mask is not None:
+        bias = bias + torch.zeros_like(mask, dtype=query.dtype).masked_fill(mask.logical_not(), -math.inf)
+    return safe_softmax((query / query.size(-1) ** 0.5) @ key.swapaxes(2, 3) + bias) @ value
+""",
+    ),
+    "weights that are zero where forbidden, then normalised": (
+        "3.1",
+        """
+def weigh(scores, allowed):
+    top = scores.masked_fill(~allowed, -math.inf).amax(-1, keepdim=True)
+    e = torch.exp((scores - torch.where(top.isinf(), torch.zeros_like(top), top)).masked_fill(~allowed, 0.0)) * allowed
+    s = e.sum(-1, keepdim=True)
+    return e / torch.where(s > 0, s, torch.ones_like(s))
+
+def safe_softmax(scores):
+    allowed = ~scores.isneginf()
+    return weigh(scores.masked_fill(~allowed, 0.0), allowed)
+
+def attention(query, key, value, *, mask=None, causal=False):
+    scores = query @ key.mT / math.sqrt(query.shape[-1])
+    allowed = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask.expand_as(scores)
+    if causal:
+        n, k = scores.shape[-2:]
+        allowed = allowed & (torch.arange(k) <= torch.arange(k - n, k).unsqueeze(1))
+    return weigh(scores, allowed) @ value
+""",
+    ),
+    "by the logarithm of the sum": (
+        "3.1",
+        """
+def safe_softmax(scores):
+    top = scores.amax(-1, keepdim=True)
+    top = torch.where(top == -math.inf, torch.zeros_like(top), top)
+    total = torch.exp(scores - top).sum(-1, keepdim=True)
+    return torch.exp(scores - (top + torch.log(total.masked_fill(total == 0, 1.0))))
+"""
+        + ATTENTION.format(**ATTENDED),
+    ),
+    "views and permutes, heads in a loop": (
+        "3.2",
+        """
+def split_heads(x, n_heads):
+    return torch.stack(x.chunk(n_heads, dim=-1), dim=1)
+
+def merge_heads(x):
+    return torch.cat(list(x.unbind(1)), dim=-1)
+
+def multi_head_attention(x, qkv, output, n_heads, *, causal=False):
+    d = qkv.out_features // 3 // n_heads
+    projected = qkv(x)
+    found = []
+    for i in range(n_heads):
+        q, k, v = (projected[..., (j * n_heads + i) * d:(j * n_heads + i + 1) * d] for j in range(3))
+        weights = q @ k.transpose(1, 2) / math.sqrt(d)
+        if causal:
+            weights = weights + torch.full(weights.shape[1:], float("-inf")).triu(1)
+        found.append(torch.softmax(weights, -1) @ v)
+    return output(torch.cat(found, -1))
+""",
+    ),
+    "one rearrange for queries, keys and values": (
+        "3.2",
+        """
+def split_heads(x, n_heads):
+    return x.unflatten(2, (n_heads, -1)).permute(0, 2, 1, 3)
+
+def merge_heads(x):
+    return x.permute(0, 2, 1, 3).flatten(2)
+
+def multi_head_attention(x, qkv, output, n_heads, *, causal=False):
+    query, key, value = rearrange(qkv(x), "b l (three h d) -> three b h l d", three=3, h=n_heads)
+    return output(rearrange(attention(query, key, value, causal=causal), "b h l d -> b l (h d)"))
+""",
+    ),
+    "a loop over the query heads": (
+        "3.3",
+        """
+def grouped_query_attention(query, key, value, *, causal=False):
+    group = query.shape[1] // key.shape[1]
+    heads = []
+    for i in range(query.shape[1]):
+        j = i // group
+        heads.append(attention(query[:, i:i + 1], key[:, j:j + 1], value[:, j:j + 1], causal=causal))
+    return torch.cat(heads, dim=1)
+""",
+    ),
+    "einsum over groups": (
+        "3.3",
+        """
+def grouped_query_attention(query, key, value, *, causal=False):
+    q = rearrange(query, "b (kv g) n d -> b kv g n d", kv=key.shape[1])
+    scores = torch.einsum("bxgnd,bxkd->bxgnk", q, key) / q.shape[-1] ** 0.5
+    n, k = scores.shape[-2:]
+    if causal:
+        scores = scores.masked_fill(torch.ones(n, k, dtype=torch.bool).triu(k - n + 1), -math.inf)
+    return torch.einsum("bxgnk,bxkd->bxgnd", safe_softmax(scores), value).flatten(1, 2)
+""",
+    ),
+    "a loop over the key heads, groups as a batch of rows": (
+        "3.3",
+        """
+def grouped_query_attention(query, key, value, *, causal=False):
+    n, k = query.shape[2], key.shape[2]
+    groups = []
+    for mine, keys, values in zip(query.chunk(key.shape[1], 1), key.unbind(1), value.unbind(1)):
+        scores = mine.flatten(1, 2) @ keys.mT / math.sqrt(mine.shape[-1])
+        scores = scores.unflatten(1, (-1, n))
+        if causal:
+            scores = scores.masked_fill(~window_free(n, k), -math.inf)
+        groups.append((torch.softmax(scores, -1).flatten(1, 2) @ values).unflatten(1, (-1, n)))
+    return torch.cat(groups, 1)
+
+def window_free(n, k):
+    return torch.arange(k)[None] <= torch.arange(k - n, k)[:, None]
+""",
+    ),
+    "rows of a group side by side, the mask repeated": (
+        "3.3",
+        grouped(
+            rows="rearrange(query, 'b (kv g) n d -> b kv (n g) d', kv=kv)",
+            mask="torch.ones(n, k, dtype=torch.bool).tril(k - n).repeat_interleave(g, 0) if causal else None",
+            out="rearrange(out, 'b kv (n g) d -> b (kv g) n d', n=n)",
+        ),
+    ),
+    "a list of both": ("3.4", pool().replace("return convert(weight), ", "return [convert(weight), ") + "]\n"),
+    "a loop over groups": (
+        "3.4",
+        """
+def mean_pool_qkv(weight, bias, n_heads, n_kv_heads):
+    d, group = weight.shape[0] // (3 * n_heads), n_heads // n_kv_heads
+    made = []
+    for tensor in (weight, bias):
+        if tensor is None:
+            made.append(None)
+            continue
+        rows = [tensor[: n_heads * d]]
+        for block in (1, 2):
+            heads = tensor[block * n_heads * d:(block + 1) * n_heads * d].split(d)
+            rows += [sum(heads[j * group:(j + 1) * group]) / group for j in range(n_kv_heads)]
+        made.append(torch.cat(rows))
+    return made[0], made[1]
+""",
+    ),
+    "a matrix that averages": (
+        "3.4",
+        """
+def mean_pool_qkv(weight, bias, n_heads, n_kv_heads):
+    d, group = weight.shape[0] // (3 * n_heads), n_heads // n_kv_heads
+    mean = torch.kron(torch.eye(n_kv_heads), torch.full((1, group), 1 / group))
+    pool = torch.block_diag(torch.eye(n_heads), mean, mean).to(weight.dtype)
+    pool = torch.kron(pool, torch.eye(d, dtype=weight.dtype))
+    if n_heads == n_kv_heads:
+        return weight.clone(), None if bias is None else bias.clone()
+    return pool.double().matmul(weight.double()).to(weight.dtype), None if bias is None else pool @ bias
+""",
+    ),
+    "einops reduce": (
+        "3.4",
+        """
+from einops import reduce
+
+def mean_pool_qkv(weight, bias, n_heads, n_kv_heads):
+    if bias is not None:
+        joined, _ = mean_pool_qkv(torch.cat((weight, bias[:, None]), 1), None, n_heads, n_kv_heads)
+        return joined[:, :-1], joined[:, -1]
+    rows = rearrange(weight, "(three h d) m -> three h d m", three=3, h=n_heads)
+    pooled = reduce(rows[1:], "two (kv g) d m -> (two kv d) m", "mean", kv=n_kv_heads)
+    return torch.cat([weight[: len(weight) // 3], pooled]), None
+""",
+    ),
+    "two triangles": (
+        "3.5",
+        """
+def window_mask(query_length, key_length, window):
+    shift = key_length - query_length
+    return torch.ones(query_length, key_length).tril(shift).triu(shift - window + 1).bool()
+""",
+    ),
+    "pair by pair": (
+        "3.5",
+        """
+def window_mask(query_length, key_length, window):
+    mask = torch.full((query_length, key_length), False)
+    for i in range(query_length):
+        place = i + key_length - query_length
+        for j in range(max(0, place - window + 1), place + 1):
+            mask[i, j] = True
+    return mask
+""",
+    ),
+    "an online softmax, block by block": (
+        "3.6",
+        """
+def block_kinds(query_length, key_length, window, block_size):
+    shift = key_length - query_length
+    kinds = torch.zeros(-(-query_length // block_size), -(-key_length // block_size), dtype=torch.long)
+    for r in range(kinds.shape[0]):
+        for c in range(kinds.shape[1]):
+            q0, q1 = r * block_size + shift, min((r + 1) * block_size, query_length) - 1 + shift
+            k0, k1 = c * block_size, min((c + 1) * block_size, key_length) - 1
+            if q1 < k0 or q0 - k1 > window - 1:
+                continue
+            kinds[r, c] = 2 if q0 >= k1 and q1 - k0 < window else 1
+    return kinds
+
+def block_window_attention(query, key, value, window, block_size):
+    kinds = block_kinds(query.shape[2], key.shape[2], window, block_size)
+    shift = key.shape[2] - query.shape[2]
+    outs = []
+    for r in range(kinds.shape[0]):
+        q = query[:, :, r * block_size:(r + 1) * block_size]
+        top = torch.full_like(q[..., :1], -1e300 if q.dtype == torch.float64 else -1e30)
+        total, found = torch.zeros_like(top), 0.0
+        for c in range(kinds.shape[1]):
+            if kinds[r, c] == 0:
+                continue
+            k, v = (t[:, :, c * block_size:(c + 1) * block_size] for t in (key, value))
+            scores = q @ k.mT / math.sqrt(q.shape[-1])
+            if kinds[r, c] == 1:
+                behind = (torch.arange(q.shape[2]) + r * block_size + shift)[:, None]
+                behind = behind - torch.arange(k.shape[2]) - c * block_size
+                scores = scores.masked_fill((behind < 0) | (behind >= window), -math.inf)
+            new = torch.maximum(top, scores.amax(-1, keepdim=True))
+            e = torch.exp(scores - new)
+            total = total * torch.exp(top - new) + e.sum(-1, keepdim=True)
+            found = found * torch.exp(top - new) + e @ v
+            top = new
+        found = found + torch.zeros(*q.shape[:3], value.shape[3], dtype=q.dtype)
+        outs.append(found / total.masked_fill(total == 0, 1.0))
+    return torch.cat(outs, 2)
+""",
+    ),
+    "each query takes its own keys": (
+        "3.6",
+        """
+def block_kinds(query_length, key_length, window, block_size):
+    q = torch.arange(query_length) + key_length - query_length
+    first = torch.stack([part.min() for part in q.split(block_size)])[:, None]
+    last = torch.stack([part.max() for part in q.split(block_size)])[:, None]
+    low = torch.stack([part.min() for part in torch.arange(key_length).split(block_size)])
+    high = torch.stack([part.max() for part in torch.arange(key_length).split(block_size)])
+    kinds = torch.ones(len(first), len(low), dtype=torch.int64)
+    kinds[(last < low) | (first - high >= window)] = 0
+    kinds[(first >= high) & (last - low < window)] = 2
+    return kinds
+
+def block_window_attention(query, key, value, window, block_size):
+    out = torch.zeros(*query.shape[:3], value.shape[3], dtype=query.dtype)
+    rows = []
+    for i in range(query.shape[2]):
+        place = i + key.shape[2] - query.shape[2]
+        mine = slice(max(0, place - window + 1), max(0, place + 1))
+        if place < 0:
+            rows.append(out[:, :, i:i + 1])
+        else:
+            rows.append(attention(query[:, :, i:i + 1], key[:, :, mine], value[:, :, mine]))
+    return torch.cat(rows, 2)
+""",
+    ),
+    "the window mask of a slice": (
+        "3.6",
+        KINDS.format(**KIND)
+        + """
+def block_window_attention(query, key, value, window, block_size):
+    shift = key.shape[2] - query.shape[2]
+    outs = []
+    for start in range(0, query.shape[2], block_size):
+        some = query[:, :, start:start + block_size]
+        end = start + some.shape[2] + shift
+        first = max(0, start + shift - window + 1)
+        if end <= 0:
+            outs.append(value.new_zeros(*some.shape[:3], value.shape[3]))
+            continue
+        mask = window_mask(some.shape[2], end - first, window)
+        outs.append(attention(some, key[:, :, first:end], value[:, :, first:end], mask=mask))
+    return torch.cat(outs, 2)
+""",
+    ),
+    "counted up token by token": (
+        "3.7",
+        """
+def kv_cache_bytes(n_layers, n_kv_heads, head_dim, tokens, *, sequences=1, bytes_per_number=2, window=None):
+    kept = min([tokens] + [window] * (window is not None))
+    return sum(2 * bytes_per_number * head_dim for _ in range(n_layers * n_kv_heads)) * kept * sequences
+
+def longest_context(memory_bytes, n_layers, n_kv_heads, head_dim, *, sequences=1, bytes_per_number=2):
+    low, high = 0, memory_bytes + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        fits = middle * sequences * n_layers * n_kv_heads * head_dim * 2 * bytes_per_number <= memory_bytes
+        low, high = (middle, high) if fits else (low, middle)
+    return low
+""",
+    ),
+}
+
+
 class TestExercise03(ExerciseTests):
     exercise = "03"
+    right_answers = RIGHT
     wrong_answers = {  # noqa: RUF012
         "3.1": {
             "nothing subtracted": (softmax(largest="0.0"), "e^1000 is infinite"),
@@ -1045,377 +1382,13 @@ class TestExercise03(ExerciseTests):
     }
 
 
-RIGHT = {
-    "einsum, a row at a time, in float64": (
-        "3.1",
-        """
-def safe_softmax(scores):
-    dtype, shape = scores.dtype, scores.shape
-    rows = []
-    for row in scores.double().reshape(-1, shape[-1]):
-        top = row.max()
-        if top == -math.inf:
-            rows.append(row.detach().exp())
-        else:
-            e = (row - top).exp()
-            rows.append(e / e.sum())
-    return torch.stack(rows).reshape(shape).to(dtype)
-
-def attention(query, key, value, *, mask=None, causal=False):
-    scores = torch.einsum("bhqd,bhkd->bhqk", query, key) * query.shape[3] ** -0.5
-    allowed = torch.ones_like(scores, dtype=torch.bool)
-    if mask is not None:
-        allowed = allowed & mask
-    if causal:
-        q, k = scores.shape[2:]
-        for i in range(q):
-            allowed[:, :, i, max(0, k - q + i + 1):] = False
-    return torch.einsum("bhqk,bhkv->bhqv", safe_softmax(scores.masked_fill(~allowed, float("-inf"))), value)
-""",
-    ),
-    "where, and a bias of -inf": (
-        "3.1",
-        """
-def safe_softmax(scores):
-    dead = torch.isneginf(scores).all(dim=-1, keepdim=True)
-    alive = torch.where(dead, 0.0, scores)
-    e = (alive - alive.max(dim=-1, keepdim=True).values.detach()).exp()
-    return torch.where(dead, 0.0, e / e.sum(dim=-1, keepdim=True))
-
-def attention(query, key, value, *, mask=None, causal=False):
-    q, k = query.size(-2), key.size(-2)
-    bias = torch.zeros(q, k, dtype=query.dtype)
-    if causal:
-        bias = bias + torch.full((q, k), -math.inf, dtype=query.dtype).triu(k - q + 1)
-    if mask is not None:
-        bias = bias + torch.zeros_like(mask, dtype=query.dtype).masked_fill(mask.logical_not(), -math.inf)
-    return safe_softmax((query / query.size(-1) ** 0.5) @ key.swapaxes(2, 3) + bias) @ value
-""",
-    ),
-    "weights that are zero where forbidden, then normalised": (
-        "3.1",
-        """
-def weigh(scores, allowed):
-    top = scores.masked_fill(~allowed, -math.inf).amax(-1, keepdim=True)
-    e = torch.exp((scores - torch.where(top.isinf(), torch.zeros_like(top), top)).masked_fill(~allowed, 0.0)) * allowed
-    s = e.sum(-1, keepdim=True)
-    return e / torch.where(s > 0, s, torch.ones_like(s))
-
-def safe_softmax(scores):
-    allowed = ~scores.isneginf()
-    return weigh(scores.masked_fill(~allowed, 0.0), allowed)
-
-def attention(query, key, value, *, mask=None, causal=False):
-    scores = query @ key.mT / math.sqrt(query.shape[-1])
-    allowed = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask.expand_as(scores)
-    if causal:
-        n, k = scores.shape[-2:]
-        allowed = allowed & (torch.arange(k) <= torch.arange(k - n, k).unsqueeze(1))
-    return weigh(scores, allowed) @ value
-""",
-    ),
-    "by the logarithm of the sum": (
-        "3.1",
-        """
-def safe_softmax(scores):
-    top = scores.amax(-1, keepdim=True)
-    top = torch.where(top == -math.inf, torch.zeros_like(top), top)
-    total = torch.exp(scores - top).sum(-1, keepdim=True)
-    return torch.exp(scores - (top + torch.log(total.masked_fill(total == 0, 1.0))))
-"""
-        + ATTENTION.format(**ATTENDED),
-    ),
-    "views and permutes, heads in a loop": (
-        "3.2",
-        """
-def split_heads(x, n_heads):
-    return torch.stack(x.chunk(n_heads, dim=-1), dim=1)
-
-def merge_heads(x):
-    return torch.cat(list(x.unbind(1)), dim=-1)
-
-def multi_head_attention(x, qkv, output, n_heads, *, causal=False):
-    d = qkv.out_features // 3 // n_heads
-    projected = qkv(x)
-    found = []
-    for i in range(n_heads):
-        q, k, v = (projected[..., (j * n_heads + i) * d:(j * n_heads + i + 1) * d] for j in range(3))
-        weights = q @ k.transpose(1, 2) / math.sqrt(d)
-        if causal:
-            weights = weights + torch.full(weights.shape[1:], float("-inf")).triu(1)
-        found.append(torch.softmax(weights, -1) @ v)
-    return output(torch.cat(found, -1))
-""",
-    ),
-    "one rearrange for queries, keys and values": (
-        "3.2",
-        """
-def split_heads(x, n_heads):
-    return x.unflatten(2, (n_heads, -1)).permute(0, 2, 1, 3)
-
-def merge_heads(x):
-    return x.permute(0, 2, 1, 3).flatten(2)
-
-def multi_head_attention(x, qkv, output, n_heads, *, causal=False):
-    query, key, value = rearrange(qkv(x), "b l (three h d) -> three b h l d", three=3, h=n_heads)
-    return output(rearrange(attention(query, key, value, causal=causal), "b h l d -> b l (h d)"))
-""",
-    ),
-    "a loop over the query heads": (
-        "3.3",
-        """
-def grouped_query_attention(query, key, value, *, causal=False):
-    group = query.shape[1] // key.shape[1]
-    heads = []
-    for i in range(query.shape[1]):
-        j = i // group
-        heads.append(attention(query[:, i:i + 1], key[:, j:j + 1], value[:, j:j + 1], causal=causal))
-    return torch.cat(heads, dim=1)
-""",
-    ),
-    "einsum over groups": (
-        "3.3",
-        """
-def grouped_query_attention(query, key, value, *, causal=False):
-    q = rearrange(query, "b (kv g) n d -> b kv g n d", kv=key.shape[1])
-    scores = torch.einsum("bxgnd,bxkd->bxgnk", q, key) / q.shape[-1] ** 0.5
-    n, k = scores.shape[-2:]
-    if causal:
-        scores = scores.masked_fill(torch.ones(n, k, dtype=torch.bool).triu(k - n + 1), -math.inf)
-    return torch.einsum("bxgnk,bxkd->bxgnd", safe_softmax(scores), value).flatten(1, 2)
-""",
-    ),
-    "a loop over the key heads, groups as a batch of rows": (
-        "3.3",
-        """
-def grouped_query_attention(query, key, value, *, causal=False):
-    n, k = query.shape[2], key.shape[2]
-    groups = []
-    for mine, keys, values in zip(query.chunk(key.shape[1], 1), key.unbind(1), value.unbind(1)):
-        scores = mine.flatten(1, 2) @ keys.mT / math.sqrt(mine.shape[-1])
-        scores = scores.unflatten(1, (-1, n))
-        if causal:
-            scores = scores.masked_fill(~window_free(n, k), -math.inf)
-        groups.append((torch.softmax(scores, -1).flatten(1, 2) @ values).unflatten(1, (-1, n)))
-    return torch.cat(groups, 1)
-
-def window_free(n, k):
-    return torch.arange(k)[None] <= torch.arange(k - n, k)[:, None]
-""",
-    ),
-    "rows of a group side by side, the mask repeated": (
-        "3.3",
-        grouped(
-            rows="rearrange(query, 'b (kv g) n d -> b kv (n g) d', kv=kv)",
-            mask="torch.ones(n, k, dtype=torch.bool).tril(k - n).repeat_interleave(g, 0) if causal else None",
-            out="rearrange(out, 'b kv (n g) d -> b (kv g) n d', n=n)",
-        ),
-    ),
-    "a list of both": ("3.4", pool().replace("return convert(weight), ", "return [convert(weight), ") + "]\n"),
-    "a loop over groups": (
-        "3.4",
-        """
-def mean_pool_qkv(weight, bias, n_heads, n_kv_heads):
-    d, group = weight.shape[0] // (3 * n_heads), n_heads // n_kv_heads
-    made = []
-    for tensor in (weight, bias):
-        if tensor is None:
-            made.append(None)
-            continue
-        rows = [tensor[: n_heads * d]]
-        for block in (1, 2):
-            heads = tensor[block * n_heads * d:(block + 1) * n_heads * d].split(d)
-            rows += [sum(heads[j * group:(j + 1) * group]) / group for j in range(n_kv_heads)]
-        made.append(torch.cat(rows))
-    return made[0], made[1]
-""",
-    ),
-    "a matrix that averages": (
-        "3.4",
-        """
-def mean_pool_qkv(weight, bias, n_heads, n_kv_heads):
-    d, group = weight.shape[0] // (3 * n_heads), n_heads // n_kv_heads
-    mean = torch.kron(torch.eye(n_kv_heads), torch.full((1, group), 1 / group))
-    pool = torch.block_diag(torch.eye(n_heads), mean, mean).to(weight.dtype)
-    pool = torch.kron(pool, torch.eye(d, dtype=weight.dtype))
-    if n_heads == n_kv_heads:
-        return weight.clone(), None if bias is None else bias.clone()
-    return pool.double().matmul(weight.double()).to(weight.dtype), None if bias is None else pool @ bias
-""",
-    ),
-    "einops reduce": (
-        "3.4",
-        """
-from einops import reduce
-
-def mean_pool_qkv(weight, bias, n_heads, n_kv_heads):
-    if bias is not None:
-        joined, _ = mean_pool_qkv(torch.cat((weight, bias[:, None]), 1), None, n_heads, n_kv_heads)
-        return joined[:, :-1], joined[:, -1]
-    rows = rearrange(weight, "(three h d) m -> three h d m", three=3, h=n_heads)
-    pooled = reduce(rows[1:], "two (kv g) d m -> (two kv d) m", "mean", kv=n_kv_heads)
-    return torch.cat([weight[: len(weight) // 3], pooled]), None
-""",
-    ),
-    "two triangles": (
-        "3.5",
-        """
-def window_mask(query_length, key_length, window):
-    shift = key_length - query_length
-    return torch.ones(query_length, key_length).tril(shift).triu(shift - window + 1).bool()
-""",
-    ),
-    "pair by pair": (
-        "3.5",
-        """
-def window_mask(query_length, key_length, window):
-    mask = torch.full((query_length, key_length), False)
-    for i in range(query_length):
-        place = i + key_length - query_length
-        for j in range(max(0, place - window + 1), place + 1):
-            mask[i, j] = True
-    return mask
-""",
-    ),
-    "an online softmax, block by block": (
-        "3.6",
-        """
-def block_kinds(query_length, key_length, window, block_size):
-    shift = key_length - query_length
-    kinds = torch.zeros(-(-query_length // block_size), -(-key_length // block_size), dtype=torch.long)
-    for r in range(kinds.shape[0]):
-        for c in range(kinds.shape[1]):
-            q0, q1 = r * block_size + shift, min((r + 1) * block_size, query_length) - 1 + shift
-            k0, k1 = c * block_size, min((c + 1) * block_size, key_length) - 1
-            if q1 < k0 or q0 - k1 > window - 1:
-                continue
-            kinds[r, c] = 2 if q0 >= k1 and q1 - k0 < window else 1
-    return kinds
-
-def block_window_attention(query, key, value, window, block_size):
-    kinds = block_kinds(query.shape[2], key.shape[2], window, block_size)
-    shift = key.shape[2] - query.shape[2]
-    outs = []
-    for r in range(kinds.shape[0]):
-        q = query[:, :, r * block_size:(r + 1) * block_size]
-        top = torch.full_like(q[..., :1], -1e300 if q.dtype == torch.float64 else -1e30)
-        total, found = torch.zeros_like(top), 0.0
-        for c in range(kinds.shape[1]):
-            if kinds[r, c] == 0:
-                continue
-            k, v = (t[:, :, c * block_size:(c + 1) * block_size] for t in (key, value))
-            scores = q @ k.mT / math.sqrt(q.shape[-1])
-            if kinds[r, c] == 1:
-                behind = (torch.arange(q.shape[2]) + r * block_size + shift)[:, None]
-                behind = behind - torch.arange(k.shape[2]) - c * block_size
-                scores = scores.masked_fill((behind < 0) | (behind >= window), -math.inf)
-            new = torch.maximum(top, scores.amax(-1, keepdim=True))
-            e = torch.exp(scores - new)
-            total = total * torch.exp(top - new) + e.sum(-1, keepdim=True)
-            found = found * torch.exp(top - new) + e @ v
-            top = new
-        found = found + torch.zeros(*q.shape[:3], value.shape[3], dtype=q.dtype)
-        outs.append(found / total.masked_fill(total == 0, 1.0))
-    return torch.cat(outs, 2)
-""",
-    ),
-    "each query takes its own keys": (
-        "3.6",
-        """
-def block_kinds(query_length, key_length, window, block_size):
-    q = torch.arange(query_length) + key_length - query_length
-    first = torch.stack([part.min() for part in q.split(block_size)])[:, None]
-    last = torch.stack([part.max() for part in q.split(block_size)])[:, None]
-    low = torch.stack([part.min() for part in torch.arange(key_length).split(block_size)])
-    high = torch.stack([part.max() for part in torch.arange(key_length).split(block_size)])
-    kinds = torch.ones(len(first), len(low), dtype=torch.int64)
-    kinds[(last < low) | (first - high >= window)] = 0
-    kinds[(first >= high) & (last - low < window)] = 2
-    return kinds
-
-def block_window_attention(query, key, value, window, block_size):
-    out = torch.zeros(*query.shape[:3], value.shape[3], dtype=query.dtype)
-    rows = []
-    for i in range(query.shape[2]):
-        place = i + key.shape[2] - query.shape[2]
-        mine = slice(max(0, place - window + 1), max(0, place + 1))
-        if place < 0:
-            rows.append(out[:, :, i:i + 1])
-        else:
-            rows.append(attention(query[:, :, i:i + 1], key[:, :, mine], value[:, :, mine]))
-    return torch.cat(rows, 2)
-""",
-    ),
-    "the window mask of a slice": (
-        "3.6",
-        KINDS.format(**KIND)
-        + """
-def block_window_attention(query, key, value, window, block_size):
-    shift = key.shape[2] - query.shape[2]
-    outs = []
-    for start in range(0, query.shape[2], block_size):
-        some = query[:, :, start:start + block_size]
-        end = start + some.shape[2] + shift
-        first = max(0, start + shift - window + 1)
-        if end <= 0:
-            outs.append(value.new_zeros(*some.shape[:3], value.shape[3]))
-            continue
-        mask = window_mask(some.shape[2], end - first, window)
-        outs.append(attention(some, key[:, :, first:end], value[:, :, first:end], mask=mask))
-    return torch.cat(outs, 2)
-""",
-    ),
-    "counted up token by token": (
-        "3.7",
-        """
-def kv_cache_bytes(n_layers, n_kv_heads, head_dim, tokens, *, sequences=1, bytes_per_number=2, window=None):
-    kept = min([tokens] + [window] * (window is not None))
-    return sum(2 * bytes_per_number * head_dim for _ in range(n_layers * n_kv_heads)) * kept * sequences
-
-def longest_context(memory_bytes, n_layers, n_kv_heads, head_dim, *, sequences=1, bytes_per_number=2):
-    low, high = 0, memory_bytes + 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        fits = middle * sequences * n_layers * n_kv_heads * head_dim * 2 * bytes_per_number <= memory_bytes
-        low, high = (middle, high) if fits else (low, middle)
-    return low
-""",
-    ),
-}
-
-
-@pytest.mark.parametrize("what", RIGHT)
-def test_right_answers_of_other_kinds_pass(what):
-    part, answer = RIGHT[what]
-    assert judge("03", part, answer) is None
-
-
 def test_every_part_has_the_three_levels_of_hints_that_the_notebook_promises():
     assert {len(part.hints) for part in find_exercise("03").parts} == {3}
 
 
-def test_headings_and_intro_give_the_titles_and_minutes_that_the_machine_shows():
-    exercise = find_exercise("03")
-    text = "\n".join(cell.source for cell in exercise.notebook.cells if cell.cell_type == "markdown")
-    headings = re.findall(r"(?m)^## (3\.\d+) (.*) \((\d+) minutes\)$", text)
-    assert headings == [(part.number, part.title, str(part.minutes)) for part in exercise.parts]
-    families = re.findall(r"(?m)\| (\d+)(?:: ([\d +]+))? \|$", text)
-    added = [sum(map(int, (terms or total).split("+"))) for total, terms in families]
-    assert added == [int(total) for total, _ in families]
-    hours, minutes = divmod(sum(added), 60)
-    assert sum(added) == sum(part.minutes for part in exercise.parts)
-    assert f"about {hours} hours and {minutes} minutes" in text
-
-
 @pytest.fixture(scope="module")
 def solution() -> dict[str, object]:
-    """The names that the solution's setup and answer cells define."""
-    notebook = nbformat.read(find_folder() / "solutions" / "03_attention.ipynb", as_version=4)
-    names: dict[str, object] = {}
-    for cell in notebook.cells:
-        if cell.cell_type == "code" and not cell.metadata["nbgrader"]["grade"]:
-            exec(cell.source, names)
-    return names
+    return solution_names("03")
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -1,8 +1,5 @@
 """Exercise 04: wrong answers that students may well give, right ones of other kinds; transformers as the oracle."""
 
-import re
-
-import nbformat
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,8 +8,8 @@ from transformers.models.gptj.modeling_gptj import apply_rotary_pos_emb as gptj_
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as llama_rotate
 from transformers.models.t5.modeling_t5 import T5Attention
 
-from minillm.exercises.folder import find_exercise, find_folder
-from minillm.exercises.testing import ExerciseTests, judge
+from minillm.exercises.folder import find_exercise
+from minillm.exercises.testing import ExerciseTests, solution_names
 
 SINES = """
 def sine_table(length, d_model, *, start=0, base=10000.0):
@@ -187,8 +184,292 @@ def base(formula: str) -> str:
     return f"def ntk_base(base, head_dim, factor):\n    return {formula}\n"
 
 
+RIGHT = {
+    "filled in by columns": (
+        "4.1",
+        """
+def sine_table(length, d_model, *, start=0, base=10000.0):
+    table = torch.zeros(length, d_model)
+    position = torch.arange(start, start + length, dtype=torch.float).unsqueeze(1)
+    div_term = torch.exp(torch.arange(0, d_model, 2).float() * (-math.log(base) / d_model))
+    table[:, 0::2] = torch.sin(position * div_term)
+    table[:, 1::2] = torch.cos(position * div_term)
+    return table
+
+def shift_matrix(d_model, shift, *, base=10000.0):
+    speeds = [base ** (-2 * i / d_model) for i in range(d_model // 2)]
+    blocks = [[[math.cos(shift * s), math.sin(shift * s)], [-math.sin(shift * s), math.cos(shift * s)]] for s in speeds]
+    return torch.block_diag(*map(torch.tensor, blocks))
+""",
+    ),
+    "complex numbers and least squares": (
+        "4.1",
+        """
+def sine_table(length, d_model, *, start=0, base=10000.0):
+    rows = []
+    for p in range(start, start + length):
+        row = []
+        for j in range(d_model):
+            angle = p / base ** (2 * (j // 2) / d_model)
+            row.append(math.cos(angle) if j % 2 else math.sin(angle))
+        rows.append(row)
+    return torch.tensor(rows, dtype=torch.float64)
+
+def shift_matrix(d_model, shift, *, base=10000.0):
+    one = sine_table(1, d_model, start=1, base=base)[0]
+    speeds = torch.atan2(one[0::2], one[1::2]).repeat_interleave(2)
+    eye = torch.eye(d_model, dtype=torch.float64)
+    swap = eye.reshape(-1, 2, d_model).flip(1).reshape(d_model, d_model)
+    sign = torch.tensor([1.0, -1.0]).repeat(d_model // 2)
+    return torch.diag(torch.cos(shift * speeds)) + torch.diag(sign * torch.sin(shift * speeds)) @ swap
+""",
+    ),
+    "rotate_half": ("4.2", HALVES.format(turned="(-b, a)", twice="torch.cat((angles, angles), -1)")),
+    "complex numbers": (
+        "4.2",
+        """
+def rotate(x, *, start=0, base=10000.0):
+    half = x.size(-1) // 2
+    z = torch.view_as_complex(x.double().unflatten(-1, (2, half)).transpose(-1, -2).contiguous())
+    p = torch.arange(start, start + x.size(-2), dtype=torch.double)
+    w = base ** (-torch.arange(half, dtype=torch.double) / half)
+    turned = torch.view_as_real(z * torch.polar(torch.ones(len(p), half).double(), torch.outer(p, w)))
+    return turned.transpose(-1, -2).flatten(-2).to(x.dtype)
+""",
+    ),
+    "a matrix for each place": (
+        "4.2",
+        """
+def rotate(x, *, start=0, base=10000.0):
+    d = x.shape[-1]
+    outs = [torch.zeros_like(x[:, :, :0])]
+    for i in range(x.shape[2]):
+        matrix = torch.zeros(d, d, dtype=torch.float64)
+        for j in range(d // 2):
+            a = (start + i) * base ** (-2 * j / d)
+            matrix[j, j] = matrix[j + d // 2, j + d // 2] = math.cos(a)
+            matrix[j, j + d // 2], matrix[j + d // 2, j] = -math.sin(a), math.sin(a)
+        outs.append((x[:, :, i:i + 1].double() @ matrix.T).to(x.dtype))
+    return torch.cat(outs, 2)
+""",
+    ),
+    "an index": (
+        "4.3",
+        """
+def order(n_heads, rows):
+    d = rows // n_heads
+    head = list(range(0, d, 2)) + list(range(1, d, 2))
+    return torch.tensor([h * d + i for h in range(n_heads) for i in head])
+
+def to_half_layout(weight, n_heads):
+    return weight[order(n_heads, weight.shape[0])]
+
+def to_interleaved_layout(weight, n_heads):
+    return weight[torch.argsort(order(n_heads, weight.shape[0]))]
+""",
+    ),
+    "head by head": (
+        "4.3",
+        """
+def to_half_layout(weight, n_heads):
+    return torch.cat([torch.cat((head[0::2], head[1::2])) for head in weight.chunk(n_heads)])
+
+def to_interleaved_layout(weight, n_heads):
+    heads = []
+    for head in weight.chunk(n_heads):
+        made = torch.empty_like(head)
+        made[0::2], made[1::2] = head.chunk(2)
+        heads.append(made)
+    return torch.cat(heads)
+""",
+    ),
+    "the authors' recursion, -inf where hidden": (
+        "4.4",
+        """
+def alibi_slopes(n_heads):
+    def power_of_two(n):
+        start = 2 ** (-(2 ** -(math.log2(n) - 3)))
+        return [start * start**i for i in range(n)]
+    def slopes(n):
+        if math.log2(n).is_integer():
+            return power_of_two(n)
+        closest = 2 ** math.floor(math.log2(n))
+        return power_of_two(closest) + slopes(2 * closest)[0::2][: n - closest]
+    return torch.tensor(slopes(n_heads), dtype=torch.float64)
+
+def alibi_bias(n_heads, query_length, key_length):
+    bias = torch.full((n_heads, query_length, key_length), -math.inf, dtype=torch.float64)
+    for h, slope in enumerate(alibi_slopes(n_heads)):
+        for i in range(query_length):
+            place = key_length - query_length + i
+            for j in range(place + 1):
+                bias[h, i, j] = -slope * (place - j)
+    return bias
+""",
+    ),
+    "the third hint on slopes": (
+        "4.4",
+        """
+def alibi_slopes(n_heads):
+    power = 2 ** int(math.log2(n_heads))
+    exponents = [8 * h / power for h in range(1, power + 1)]
+    exponents += [4 * h / power for h in range(1, 2 * (n_heads - power), 2)]
+    return 2.0 ** -torch.tensor(exponents)
+
+def alibi_bias(n_heads, query_length, key_length):
+    places = torch.arange(key_length - query_length, key_length)
+    return -alibi_slopes(n_heads)[:, None, None] * (places[:, None] - torch.arange(key_length))
+""",
+    ),
+    "symmetric": (
+        "4.4",
+        sloped(distance="(" + SLOPED["distance"] + ").abs()"),
+    ),
+    "one key at a time, and an index pair by pair": (
+        "4.5",
+        """
+def relative_index(query_length, key_length, max_distance):
+    index = torch.empty(query_length, key_length, dtype=torch.long)
+    for i in range(query_length):
+        for j in range(key_length):
+            r = j - (i + key_length - query_length)
+            index[i, j] = min(max(r, -max_distance), max_distance) + max_distance
+    return index
+
+def shaw_scores(query, key, table):
+    index = relative_index(query.shape[2], key.shape[2], (table.shape[0] - 1) // 2)
+    scores = []
+    for j in range(key.shape[2]):
+        scores.append((query * (key[:, :, j:j + 1] + table[index[:, j]])).sum(-1))
+    return torch.stack(scores, -1) / math.sqrt(query.shape[3])
+""",
+    ),
+    "picked by indexing": (
+        "4.5",
+        """
+def relative_index(query_length, key_length, max_distance):
+    r = torch.arange(-query_length + 1, key_length)[None, :].expand(query_length, -1)
+    rows = [torch.arange(key_length) - (key_length - query_length) - i for i in range(query_length)]
+    return torch.stack(rows).clamp(min=-max_distance).clamp(max=max_distance).add(max_distance)
+
+def shaw_scores(query, key, table):
+    n, k = query.shape[2], key.shape[2]
+    index = relative_index(n, k, len(table) // 2)
+    query = query / query.shape[-1] ** 0.5
+    all_products = torch.einsum("bhqd,rd->bhqr", query, table)
+    picked = all_products[:, :, torch.arange(n)[:, None], index]
+    return torch.einsum("bhqd,bhkd->bhqk", query, key) + picked
+""",
+    ),
+    "a product with one-hot rows": (
+        "4.5",
+        shaw(
+            scores="(query @ key.mT + torch.einsum('bhqr,qkr->bhqk', query @ table.T, "
+            "torch.nn.functional.one_hot(index, len(table)).to(query.dtype))) / d**0.5"
+        ),
+    ),
+    "T5's own code": (
+        "4.6",
+        """
+def t5_bucket(relative_position, *, bidirectional, n_buckets=32, max_distance=128):
+    buckets = 0
+    if bidirectional:
+        n_buckets //= 2
+        buckets += (relative_position > 0).to(torch.long) * n_buckets
+        relative_position = torch.abs(relative_position)
+    else:
+        relative_position = -torch.min(relative_position, torch.zeros_like(relative_position))
+    max_exact = n_buckets // 2
+    is_small = relative_position < max_exact
+    large = max_exact + (
+        torch.log(relative_position.float() / max_exact) / math.log(max_distance / max_exact) * (n_buckets - max_exact)
+    ).to(torch.long)
+    large = torch.min(large, torch.full_like(large, n_buckets - 1))
+    buckets += torch.where(is_small, relative_position, large)
+    return buckets
+""",
+    ),
+    "one position at a time, in whole numbers": (
+        "4.6",
+        """
+def t5_bucket(relative_position, *, bidirectional, n_buckets=32, max_distance=128):
+    n = n_buckets // 2 if bidirectional else n_buckets
+    e = n // 2
+    def one(r):
+        first = n if bidirectional and r > 0 else 0
+        d = abs(r) if bidirectional else max(0, -r)
+        if d < e:
+            return first + d
+        m = 0
+        while m < n - e - 1 and d ** (n - e) >= e ** (n - e - m - 1) * max_distance ** (m + 1):
+            m += 1
+        return first + e + m
+    flat = [one(r) for r in relative_position.flatten().tolist()]
+    return torch.tensor(flat).reshape(relative_position.shape)
+""",
+    ),
+    "edges and bucketize": (
+        "4.6",
+        """
+def t5_bucket(relative_position, *, bidirectional, n_buckets=32, max_distance=128):
+    n = n_buckets // 2 if bidirectional else n_buckets
+    e = n // 2
+    edges = list(range(1, e)) + [math.ceil(e * (max_distance / e) ** (m / (n - e)) - 1e-9) for m in range(n - e)]
+    distance = relative_position.abs() if bidirectional else relative_position.neg().relu()
+    return torch.bucketize(distance, torch.tensor(edges), right=True) + n * (relative_position > 0) * bidirectional
+""",
+    ),
+    "the third hint on buckets": (
+        "4.6",
+        """
+def t5_bucket(relative_position, *, bidirectional, n_buckets=32, max_distance=128):
+    if bidirectional:
+        n, distance, first = n_buckets // 2, relative_position.abs(), n_buckets // 2 * (relative_position > 0)
+    else:
+        n, distance, first = n_buckets, (-relative_position).clamp(min=0), 0
+    exact = n // 2
+    far = exact + (
+        torch.log(distance.clamp(min=exact) / exact) / math.log(max_distance / exact) * (n - exact)
+    ).long()
+    return first + torch.where(distance < exact, distance, far.clamp(max=n - 1))
+""",
+    ),
+    "math.log": (
+        "4.6",
+        """
+def t5_bucket(relative_position, *, bidirectional, n_buckets=32, max_distance=128):
+    out = torch.zeros_like(relative_position)
+    n = n_buckets // 2 if bidirectional else n_buckets
+    e = n // 2
+    for where, r in zip(out.view(-1).split(1), relative_position.reshape(-1).tolist()):
+        d = abs(r) if bidirectional else -min(r, 0)
+        if d >= e:
+            d = min(n - 1, e + int(math.log(d / e) / math.log(max_distance / e) * (n - e)))
+        where += d + (n if bidirectional and r > 0 else 0)
+    return out
+""",
+    ),
+    "differences of logarithms": (
+        "4.6",
+        bucket().replace(
+            "torch.log(distance.clamp(min=1) / exact) / math.log(max_distance / exact)",
+            "(distance.clamp(min=1).double().log() - math.log(exact)) / (math.log(max_distance) - math.log(exact))",
+        ),
+    ),
+    "by logarithms": (
+        "4.7",
+        """
+def ntk_base(base, head_dim, factor):
+    slowest = base ** (-(head_dim - 2) / head_dim) / factor
+    return math.exp(-math.log(slowest) * head_dim / (head_dim - 2))
+""",
+    ),
+}
+
+
 class TestExercise04(ExerciseTests):
     exercise = "04"
+    right_answers = RIGHT
     wrong_answers = {  # noqa: RUF012
         "4.1": {
             "cosine first": (
@@ -683,321 +964,13 @@ def sine_table(length, d_model, *, start=0, base=10000.0):
     }
 
 
-RIGHT = {
-    "filled in by columns": (
-        "4.1",
-        """
-def sine_table(length, d_model, *, start=0, base=10000.0):
-    table = torch.zeros(length, d_model)
-    position = torch.arange(start, start + length, dtype=torch.float).unsqueeze(1)
-    div_term = torch.exp(torch.arange(0, d_model, 2).float() * (-math.log(base) / d_model))
-    table[:, 0::2] = torch.sin(position * div_term)
-    table[:, 1::2] = torch.cos(position * div_term)
-    return table
-
-def shift_matrix(d_model, shift, *, base=10000.0):
-    speeds = [base ** (-2 * i / d_model) for i in range(d_model // 2)]
-    blocks = [[[math.cos(shift * s), math.sin(shift * s)], [-math.sin(shift * s), math.cos(shift * s)]] for s in speeds]
-    return torch.block_diag(*map(torch.tensor, blocks))
-""",
-    ),
-    "complex numbers and least squares": (
-        "4.1",
-        """
-def sine_table(length, d_model, *, start=0, base=10000.0):
-    rows = []
-    for p in range(start, start + length):
-        row = []
-        for j in range(d_model):
-            angle = p / base ** (2 * (j // 2) / d_model)
-            row.append(math.cos(angle) if j % 2 else math.sin(angle))
-        rows.append(row)
-    return torch.tensor(rows, dtype=torch.float64)
-
-def shift_matrix(d_model, shift, *, base=10000.0):
-    one = sine_table(1, d_model, start=1, base=base)[0]
-    speeds = torch.atan2(one[0::2], one[1::2]).repeat_interleave(2)
-    eye = torch.eye(d_model, dtype=torch.float64)
-    swap = eye.reshape(-1, 2, d_model).flip(1).reshape(d_model, d_model)
-    sign = torch.tensor([1.0, -1.0]).repeat(d_model // 2)
-    return torch.diag(torch.cos(shift * speeds)) + torch.diag(sign * torch.sin(shift * speeds)) @ swap
-""",
-    ),
-    "rotate_half": ("4.2", HALVES.format(turned="(-b, a)", twice="torch.cat((angles, angles), -1)")),
-    "complex numbers": (
-        "4.2",
-        """
-def rotate(x, *, start=0, base=10000.0):
-    half = x.size(-1) // 2
-    z = torch.view_as_complex(x.double().unflatten(-1, (2, half)).transpose(-1, -2).contiguous())
-    p = torch.arange(start, start + x.size(-2), dtype=torch.double)
-    w = base ** (-torch.arange(half, dtype=torch.double) / half)
-    turned = torch.view_as_real(z * torch.polar(torch.ones(len(p), half).double(), torch.outer(p, w)))
-    return turned.transpose(-1, -2).flatten(-2).to(x.dtype)
-""",
-    ),
-    "a matrix for each place": (
-        "4.2",
-        """
-def rotate(x, *, start=0, base=10000.0):
-    d = x.shape[-1]
-    outs = [torch.zeros_like(x[:, :, :0])]
-    for i in range(x.shape[2]):
-        matrix = torch.zeros(d, d, dtype=torch.float64)
-        for j in range(d // 2):
-            a = (start + i) * base ** (-2 * j / d)
-            matrix[j, j] = matrix[j + d // 2, j + d // 2] = math.cos(a)
-            matrix[j, j + d // 2], matrix[j + d // 2, j] = -math.sin(a), math.sin(a)
-        outs.append((x[:, :, i:i + 1].double() @ matrix.T).to(x.dtype))
-    return torch.cat(outs, 2)
-""",
-    ),
-    "an index": (
-        "4.3",
-        """
-def order(n_heads, rows):
-    d = rows // n_heads
-    head = list(range(0, d, 2)) + list(range(1, d, 2))
-    return torch.tensor([h * d + i for h in range(n_heads) for i in head])
-
-def to_half_layout(weight, n_heads):
-    return weight[order(n_heads, weight.shape[0])]
-
-def to_interleaved_layout(weight, n_heads):
-    return weight[torch.argsort(order(n_heads, weight.shape[0]))]
-""",
-    ),
-    "head by head": (
-        "4.3",
-        """
-def to_half_layout(weight, n_heads):
-    return torch.cat([torch.cat((head[0::2], head[1::2])) for head in weight.chunk(n_heads)])
-
-def to_interleaved_layout(weight, n_heads):
-    heads = []
-    for head in weight.chunk(n_heads):
-        made = torch.empty_like(head)
-        made[0::2], made[1::2] = head.chunk(2)
-        heads.append(made)
-    return torch.cat(heads)
-""",
-    ),
-    "the authors' recursion, -inf where hidden": (
-        "4.4",
-        """
-def alibi_slopes(n_heads):
-    def power_of_two(n):
-        start = 2 ** (-(2 ** -(math.log2(n) - 3)))
-        return [start * start**i for i in range(n)]
-    def slopes(n):
-        if math.log2(n).is_integer():
-            return power_of_two(n)
-        closest = 2 ** math.floor(math.log2(n))
-        return power_of_two(closest) + slopes(2 * closest)[0::2][: n - closest]
-    return torch.tensor(slopes(n_heads), dtype=torch.float64)
-
-def alibi_bias(n_heads, query_length, key_length):
-    bias = torch.full((n_heads, query_length, key_length), -math.inf, dtype=torch.float64)
-    for h, slope in enumerate(alibi_slopes(n_heads)):
-        for i in range(query_length):
-            place = key_length - query_length + i
-            for j in range(place + 1):
-                bias[h, i, j] = -slope * (place - j)
-    return bias
-""",
-    ),
-    "the third hint on slopes": (
-        "4.4",
-        """
-def alibi_slopes(n_heads):
-    power = 2 ** int(math.log2(n_heads))
-    exponents = [8 * h / power for h in range(1, power + 1)]
-    exponents += [4 * h / power for h in range(1, 2 * (n_heads - power), 2)]
-    return 2.0 ** -torch.tensor(exponents)
-
-def alibi_bias(n_heads, query_length, key_length):
-    places = torch.arange(key_length - query_length, key_length)
-    return -alibi_slopes(n_heads)[:, None, None] * (places[:, None] - torch.arange(key_length))
-""",
-    ),
-    "symmetric": (
-        "4.4",
-        sloped(distance="(" + SLOPED["distance"] + ").abs()"),
-    ),
-    "one key at a time, and an index pair by pair": (
-        "4.5",
-        """
-def relative_index(query_length, key_length, max_distance):
-    index = torch.empty(query_length, key_length, dtype=torch.long)
-    for i in range(query_length):
-        for j in range(key_length):
-            r = j - (i + key_length - query_length)
-            index[i, j] = min(max(r, -max_distance), max_distance) + max_distance
-    return index
-
-def shaw_scores(query, key, table):
-    index = relative_index(query.shape[2], key.shape[2], (table.shape[0] - 1) // 2)
-    scores = []
-    for j in range(key.shape[2]):
-        scores.append((query * (key[:, :, j:j + 1] + table[index[:, j]])).sum(-1))
-    return torch.stack(scores, -1) / math.sqrt(query.shape[3])
-""",
-    ),
-    "picked by indexing": (
-        "4.5",
-        """
-def relative_index(query_length, key_length, max_distance):
-    r = torch.arange(-query_length + 1, key_length)[None, :].expand(query_length, -1)
-    rows = [torch.arange(key_length) - (key_length - query_length) - i for i in range(query_length)]
-    return torch.stack(rows).clamp(min=-max_distance).clamp(max=max_distance).add(max_distance)
-
-def shaw_scores(query, key, table):
-    n, k = query.shape[2], key.shape[2]
-    index = relative_index(n, k, len(table) // 2)
-    query = query / query.shape[-1] ** 0.5
-    all_products = torch.einsum("bhqd,rd->bhqr", query, table)
-    picked = all_products[:, :, torch.arange(n)[:, None], index]
-    return torch.einsum("bhqd,bhkd->bhqk", query, key) + picked
-""",
-    ),
-    "a product with one-hot rows": (
-        "4.5",
-        shaw(
-            scores="(query @ key.mT + torch.einsum('bhqr,qkr->bhqk', query @ table.T, "
-            "torch.nn.functional.one_hot(index, len(table)).to(query.dtype))) / d**0.5"
-        ),
-    ),
-    "T5's own code": (
-        "4.6",
-        """
-def t5_bucket(relative_position, *, bidirectional, n_buckets=32, max_distance=128):
-    buckets = 0
-    if bidirectional:
-        n_buckets //= 2
-        buckets += (relative_position > 0).to(torch.long) * n_buckets
-        relative_position = torch.abs(relative_position)
-    else:
-        relative_position = -torch.min(relative_position, torch.zeros_like(relative_position))
-    max_exact = n_buckets // 2
-    is_small = relative_position < max_exact
-    large = max_exact + (
-        torch.log(relative_position.float() / max_exact) / math.log(max_distance / max_exact) * (n_buckets - max_exact)
-    ).to(torch.long)
-    large = torch.min(large, torch.full_like(large, n_buckets - 1))
-    buckets += torch.where(is_small, relative_position, large)
-    return buckets
-""",
-    ),
-    "one position at a time, in whole numbers": (
-        "4.6",
-        """
-def t5_bucket(relative_position, *, bidirectional, n_buckets=32, max_distance=128):
-    n = n_buckets // 2 if bidirectional else n_buckets
-    e = n // 2
-    def one(r):
-        first = n if bidirectional and r > 0 else 0
-        d = abs(r) if bidirectional else max(0, -r)
-        if d < e:
-            return first + d
-        m = 0
-        while m < n - e - 1 and d ** (n - e) >= e ** (n - e - m - 1) * max_distance ** (m + 1):
-            m += 1
-        return first + e + m
-    flat = [one(r) for r in relative_position.flatten().tolist()]
-    return torch.tensor(flat).reshape(relative_position.shape)
-""",
-    ),
-    "edges and bucketize": (
-        "4.6",
-        """
-def t5_bucket(relative_position, *, bidirectional, n_buckets=32, max_distance=128):
-    n = n_buckets // 2 if bidirectional else n_buckets
-    e = n // 2
-    edges = list(range(1, e)) + [math.ceil(e * (max_distance / e) ** (m / (n - e)) - 1e-9) for m in range(n - e)]
-    distance = relative_position.abs() if bidirectional else relative_position.neg().relu()
-    return torch.bucketize(distance, torch.tensor(edges), right=True) + n * (relative_position > 0) * bidirectional
-""",
-    ),
-    "the third hint on buckets": (
-        "4.6",
-        """
-def t5_bucket(relative_position, *, bidirectional, n_buckets=32, max_distance=128):
-    if bidirectional:
-        n, distance, first = n_buckets // 2, relative_position.abs(), n_buckets // 2 * (relative_position > 0)
-    else:
-        n, distance, first = n_buckets, (-relative_position).clamp(min=0), 0
-    exact = n // 2
-    far = exact + (
-        torch.log(distance.clamp(min=exact) / exact) / math.log(max_distance / exact) * (n - exact)
-    ).long()
-    return first + torch.where(distance < exact, distance, far.clamp(max=n - 1))
-""",
-    ),
-    "math.log": (
-        "4.6",
-        """
-def t5_bucket(relative_position, *, bidirectional, n_buckets=32, max_distance=128):
-    out = torch.zeros_like(relative_position)
-    n = n_buckets // 2 if bidirectional else n_buckets
-    e = n // 2
-    for where, r in zip(out.view(-1).split(1), relative_position.reshape(-1).tolist()):
-        d = abs(r) if bidirectional else -min(r, 0)
-        if d >= e:
-            d = min(n - 1, e + int(math.log(d / e) / math.log(max_distance / e) * (n - e)))
-        where += d + (n if bidirectional and r > 0 else 0)
-    return out
-""",
-    ),
-    "differences of logarithms": (
-        "4.6",
-        bucket().replace(
-            "torch.log(distance.clamp(min=1) / exact) / math.log(max_distance / exact)",
-            "(distance.clamp(min=1).double().log() - math.log(exact)) / (math.log(max_distance) - math.log(exact))",
-        ),
-    ),
-    "by logarithms": (
-        "4.7",
-        """
-def ntk_base(base, head_dim, factor):
-    slowest = base ** (-(head_dim - 2) / head_dim) / factor
-    return math.exp(-math.log(slowest) * head_dim / (head_dim - 2))
-""",
-    ),
-}
-
-
-@pytest.mark.parametrize("what", RIGHT)
-def test_right_answers_of_other_kinds_pass(what):
-    part, answer = RIGHT[what]
-    assert judge("04", part, answer) is None
-
-
 def test_every_part_has_the_three_levels_of_hints_that_the_notebook_promises():
     assert {len(part.hints) for part in find_exercise("04").parts} == {3}
 
 
-def test_headings_and_intro_give_the_titles_and_minutes_that_the_machine_shows():
-    exercise = find_exercise("04")
-    text = "\n".join(cell.source for cell in exercise.notebook.cells if cell.cell_type == "markdown")
-    headings = re.findall(r"(?m)^## (4\.\d+) (.*) \((\d+) minutes\)$", text)
-    assert headings == [(part.number, part.title, str(part.minutes)) for part in exercise.parts]
-    families = re.findall(r"(?m)\| (\d+)(?:: ([\d +]+))? \|$", text)
-    added = [sum(map(int, (terms or total).split("+"))) for total, terms in families]
-    assert added == [int(total) for total, _ in families]
-    hours, minutes = divmod(sum(added), 60)
-    assert sum(added) == sum(part.minutes for part in exercise.parts)
-    assert f"about {hours} hours and {minutes} minutes" in text
-
-
 @pytest.fixture(scope="module")
 def solution() -> dict[str, object]:
-    """The names that the solution's setup and answer cells define."""
-    notebook = nbformat.read(find_folder() / "solutions" / "04_positions.ipynb", as_version=4)
-    names: dict[str, object] = {}
-    for cell in notebook.cells:
-        if cell.cell_type == "code" and not cell.metadata["nbgrader"]["grade"]:
-            exec(cell.source, names)
-    return names
+    return solution_names("04")
 
 
 def test_the_solution_turns_as_llama_does(solution):

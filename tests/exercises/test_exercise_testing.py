@@ -4,7 +4,7 @@ import pytest
 
 from minillm.course.notebooks import read_notebook, write_notebook
 from minillm.exercises import Mistake, build
-from minillm.exercises.testing import ExerciseTests, judge
+from minillm.exercises.testing import ExerciseTests, judge, solution_names
 
 WRONG = {
     "90.1": {
@@ -49,7 +49,7 @@ def tests_of(exercises):
 
 def test_a_good_exercise_passes_all_of_them(tests_of):
     names = [name for name in dir(tests_of) if name.startswith("test_")]
-    assert len(names) == 5
+    assert len(names) == 7
     for name in names:
         getattr(tests_of(), name)()
 
@@ -58,6 +58,29 @@ def test_a_notebook_that_was_not_rebuilt_is_found(tests_of, student):
     student.path.write_text(student.path.read_text().replace("Five small", "Six small"))
     with pytest.raises(AssertionError, match="run: minillm exercises build 90"):
         tests_of().test_generated_notebook_is_committed()
+
+
+def test_right_answers_that_are_rejected_are_found(tests_of, student):
+    tests_of.right_answers = {
+        "as solved": ("90.1", student.right["p1"]),
+        "a sum of its own": ("90.1", WRONG["90.1"]["starts at one"][0]),
+    }
+    with pytest.raises(AssertionError, match=r"^a sum of its own: the sum of no numbers is 0"):
+        tests_of().test_right_answers_of_other_kinds_pass()
+
+
+def test_a_heading_of_another_title_is_found(tests_of, exercises):
+    source = exercises / "solutions" / "90_numbers.ipynb"
+    notebook = read_notebook(source)
+    heading = next(cell for cell in notebook.cells if cell.source.startswith("## 90.1"))
+    heading.source = heading.source.replace("(3 minutes)", "(5 minutes)")
+    write_notebook(notebook, source)
+    with pytest.raises(AssertionError):
+        tests_of().test_titles_and_minutes_are_those_that_the_machine_shows()
+
+
+def test_the_solutions_names_can_be_had(exercises):
+    assert solution_names("90", folder=exercises)["total"]([1, 2, 3]) == 6
 
 
 def test_two_wrong_answers_are_too_few(tests_of):
