@@ -8,18 +8,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from minillm.layers.attention_arguments import at_least
+
 DEAD, PARTIAL, FULL = 0, 1, 2
 _PAIRS_AT_ONCE = 2**18  # looked at together when a tile has to be looked into: 2 MiB of 8-byte integers
-
-
-def at_least(name: str, value: int, minimum: int) -> None:
-    """Raise TypeError unless ``value`` is an integer, ValueError unless it lies between ``minimum`` and 2**31."""
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < minimum:
-        raise ValueError(f"{name} must be at least {minimum}, got {value}")
-    if value > 2**31:  # so that no product of two leaves int64
-        raise ValueError(f"{name} must be at most 2**31, got {value}")
 
 
 @dataclass(frozen=True)
