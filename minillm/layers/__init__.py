@@ -3,8 +3,10 @@
 from minillm.layers.attention import MultiHeadAttention
 from minillm.layers.block_layout import BlockLayout
 from minillm.layers.cross_attention import CrossAttention, CrossMemory
+from minillm.layers.experts import Experts
 from minillm.layers.feed_forward import FeedForward, SwiGLU
 from minillm.layers.kv_cache import KVCache, LayerKVCache, RollingLayerKVCache
+from minillm.layers.moe import MixtureOfExperts, MoERecord
 from minillm.layers.norms import LayerNorm, RMSNorm
 from minillm.layers.positions import (
     AlibiBias,
@@ -36,6 +38,7 @@ __all__ = [
     "BlockLayout",
     "CrossAttention",
     "CrossMemory",
+    "Experts",
     "FeedForward",
     "KVCache",
     "LayerKVCache",
@@ -43,6 +46,8 @@ __all__ = [
     "LearnedPositions",
     "LinearScaling",
     "Llama3Scaling",
+    "MixtureOfExperts",
+    "MoERecord",
     "MultiHeadAttention",
     "NTKScaling",
     "Pattern",

@@ -1,0 +1,20 @@
+"""Routers: who decides which expert a token goes to."""
+
+from typing import Any
+
+from minillm.layers.routers.losses import load_balancing_loss, router_z_loss
+from minillm.layers.routers.router import Router
+from minillm.layers.routers.routing import Routing
+from minillm.layers.routers.top_k import TopKRouter
+
+ROUTERS: dict[str, type[Router]] = {"softmax": TopKRouter}
+
+
+def make_router(name: str, d_model: int, n_experts: int, k: int, **options: Any) -> Router:
+    """The router of that name; ``options`` are its keyword arguments. ValueError naming all for another name."""
+    if name not in ROUTERS:
+        raise ValueError(f"router must be one of {', '.join(ROUTERS)} or a Router, got {name!r}")
+    return ROUTERS[name](d_model, n_experts, k, **options)
+
+
+__all__ = ["ROUTERS", "Router", "Routing", "TopKRouter", "load_balancing_loss", "make_router", "router_z_loss"]

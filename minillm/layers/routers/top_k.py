@@ -1,0 +1,43 @@
+"""Top-k routing by a softmax, its weights renormalised over the chosen experts (Mixtral)."""
+
+from torch import Tensor
+
+from minillm.layers.routers.losses import load_balancing_loss, router_z_loss
+from minillm.layers.routers.router import Router
+from minillm.layers.routers.routing import Routing
+
+
+class TopKRouter(Router):
+    """``p = softmax(logits)``; the k largest, divided by their sum: ``softmax`` over the chosen logits.
+
+    Jiang et al. 2024, "Mixtral of Experts", section 2.1. With ``renormalise=False`` the weights stay the probabilities
+    themselves (OLMoE, Qwen2-MoE): only so does the router learn from the language-modelling loss when k is 1.
+
+    Args: as :class:`Router`.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        n_experts: int,
+        k: int,
+        *,
+        renormalise: bool = True,
+        balance_loss: float = 0.01,
+        z_loss: float = 0.0,
+        jitter: float = 0.0,
+    ) -> None:
+        super().__init__(d_model, n_experts, k, balance_loss=balance_loss, z_loss=z_loss, jitter=jitter)
+        self.renormalise = renormalise
+
+    def route(self, logits: Tensor, x: Tensor) -> Routing:
+        probabilities = logits.softmax(dim=-1)
+        weights, experts = probabilities.topk(self.k, dim=-1)  # (n_tokens, k)
+        if self.renormalise:
+            weights = weights / weights.sum(dim=-1, keepdim=True)
+        losses = {}
+        if self.balance_loss:
+            losses["balance"] = self.balance_loss * load_balancing_loss(probabilities, experts)
+        if self.z_loss:
+            losses["z"] = self.z_loss * router_z_loss(logits)
+        return Routing.from_choices(experts, weights, probabilities, losses)
