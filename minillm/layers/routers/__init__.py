@@ -2,12 +2,20 @@
 
 from typing import Any
 
+from minillm.layers.routers.expert_choice import ExpertChoiceRouter
 from minillm.layers.routers.losses import load_balancing_loss, router_z_loss
+from minillm.layers.routers.noisy_top_k import NoisyTopKRouter
 from minillm.layers.routers.router import Router
 from minillm.layers.routers.routing import Routing
+from minillm.layers.routers.sigmoid import SigmoidRouter
 from minillm.layers.routers.top_k import TopKRouter
 
-ROUTERS: dict[str, type[Router]] = {"softmax": TopKRouter}
+ROUTERS: dict[str, type[Router]] = {
+    "softmax": TopKRouter,
+    "noisy_top_k": NoisyTopKRouter,
+    "expert_choice": ExpertChoiceRouter,
+    "sigmoid": SigmoidRouter,
+}
 
 
 def make_router(name: str, d_model: int, n_experts: int, k: int, **options: Any) -> Router:
@@ -17,4 +25,15 @@ def make_router(name: str, d_model: int, n_experts: int, k: int, **options: Any)
     return ROUTERS[name](d_model, n_experts, k, **options)
 
 
-__all__ = ["ROUTERS", "Router", "Routing", "TopKRouter", "load_balancing_loss", "make_router", "router_z_loss"]
+__all__ = [
+    "ROUTERS",
+    "ExpertChoiceRouter",
+    "NoisyTopKRouter",
+    "Router",
+    "Routing",
+    "SigmoidRouter",
+    "TopKRouter",
+    "load_balancing_loss",
+    "make_router",
+    "router_z_loss",
+]
