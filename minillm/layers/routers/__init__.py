@@ -3,15 +3,19 @@
 from typing import Any
 
 from minillm.layers.routers.expert_choice import ExpertChoiceRouter
+from minillm.layers.routers.gshard import GShardRouter
 from minillm.layers.routers.losses import load_balancing_loss, router_z_loss
 from minillm.layers.routers.noisy_top_k import NoisyTopKRouter
 from minillm.layers.routers.router import Router
 from minillm.layers.routers.routing import Routing
 from minillm.layers.routers.sigmoid import SigmoidRouter
+from minillm.layers.routers.switch import SwitchRouter
 from minillm.layers.routers.top_k import TopKRouter
 
 ROUTERS: dict[str, type[Router]] = {
     "softmax": TopKRouter,
+    "switch": SwitchRouter,
+    "glam": GShardRouter,
     "noisy_top_k": NoisyTopKRouter,
     "expert_choice": ExpertChoiceRouter,
     "sigmoid": SigmoidRouter,
@@ -28,10 +32,12 @@ def make_router(name: str, d_model: int, n_experts: int, k: int, **options: Any)
 __all__ = [
     "ROUTERS",
     "ExpertChoiceRouter",
+    "GShardRouter",
     "NoisyTopKRouter",
     "Router",
     "Routing",
     "SigmoidRouter",
+    "SwitchRouter",
     "TopKRouter",
     "load_balancing_loss",
     "make_router",

@@ -6,6 +6,13 @@ import torch
 from torch import Tensor
 
 
+def assignments_per_expert(experts: Tensor, n_experts: int) -> Tensor:
+    """int64 (n_experts,): how often each of 0 to n_experts - 1 stands in ``experts``, int64 of any shape."""
+    # torch.bincount does the same, but reads its largest value first: a GPU waits for it, and a compiled graph breaks.
+    experts = experts.flatten()
+    return experts.new_zeros(n_experts).index_add(0, experts, torch.ones_like(experts))
+
+
 @dataclass(frozen=True)
 class Routing:
     """Assignments of tokens to experts, listed in order of priority: where room is short, the earlier one has it.
@@ -22,6 +29,8 @@ class Routing:
         losses: name -> scalar, already multiplied by its coefficient: add all of them to the training loss.
         choices: k if each token has exactly k assignments and they are listed choice by choice, so that number
             ``c * n_tokens + t`` is token t's choice c; None if tokens may have different numbers of experts.
+
+    Raises ValueError if these do not fit each other (their values are not looked at: a GPU would have to wait).
     """
 
     tokens: Tensor
@@ -30,6 +39,16 @@ class Routing:
     probabilities: Tensor
     losses: dict[str, Tensor]
     choices: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.probabilities.dim() != 2:
+            raise ValueError(f"probabilities must be (n_tokens, n_experts), got {tuple(self.probabilities.shape)}")
+        assignments = (self.weights.size(0),) if self.choices is None else (self.choices * self.n_tokens,)
+        for name, values in (("tokens", self.tokens), ("experts", self.experts)):
+            if values.shape != assignments or values.dtype != torch.int64:
+                raise ValueError(f"{name} must be int64 {assignments}, got {values.dtype} {tuple(values.shape)}")
+        if self.weights.shape != assignments:
+            raise ValueError(f"weights must be {assignments}, got {tuple(self.weights.shape)}")
 
     @property
     def n_tokens(self) -> int:
@@ -42,7 +61,7 @@ class Routing:
     @property
     def assigned(self) -> Tensor:
         """int64 (n_experts,): assignments that each expert got, before any capacity takes some away."""
-        return torch.bincount(self.experts, minlength=self.n_experts)
+        return assignments_per_expert(self.experts, self.n_experts)
 
     @classmethod
     def from_choices(

@@ -1,8 +1,7 @@
-"""Top-k routing by a softmax, its weights renormalised over the chosen experts (Mixtral)."""
+"""Top-k routing by a softmax, its weights renormalised over the chosen experts (Mixtral) or not (OLMoE)."""
 
 from torch import Tensor
 
-from minillm.layers.routers.losses import load_balancing_loss, router_z_loss
 from minillm.layers.routers.router import Router
 from minillm.layers.routers.routing import Routing
 
@@ -11,7 +10,11 @@ class TopKRouter(Router):
     """``p = softmax(logits)``; the k largest, divided by their sum: ``softmax`` over the chosen logits.
 
     Jiang et al. 2024, "Mixtral of Experts", section 2.1. With ``renormalise=False`` the weights stay the probabilities
-    themselves (OLMoE, Qwen2-MoE): only so does the router learn from the language-modelling loss when k is 1.
+    themselves (Muennighoff et al. 2024, "OLMoE", section 2; Qwen2-MoE): only so does the router learn from the
+    language-modelling loss when k is 1. Between equal probabilities ``torch.topk`` decides.
+
+    The balance loss counts all k choices. `transformers` multiplies the same loss by k, and takes f and P over all
+    layers at once: a coefficient from there is k times as large here.
 
     Args: as :class:`Router`.
     """
@@ -35,9 +38,4 @@ class TopKRouter(Router):
         weights, experts = probabilities.topk(self.k, dim=-1)  # (n_tokens, k)
         if self.renormalise:
             weights = weights / weights.sum(dim=-1, keepdim=True)
-        losses = {}
-        if self.balance_loss:
-            losses["balance"] = self.balance_loss * load_balancing_loss(probabilities, experts)
-        if self.z_loss:
-            losses["z"] = self.z_loss * router_z_loss(logits)
-        return Routing.from_choices(experts, weights, probabilities, losses)
+        return Routing.from_choices(experts, weights, probabilities, self.losses(logits, probabilities, experts))
