@@ -8,6 +8,7 @@ from minillm.layers.attention import MultiHeadAttention
 from minillm.layers.feed_forward import FeedForward, SwiGLU
 from minillm.layers.heads import Attend
 from minillm.layers.kv_cache import LayerKVCache
+from minillm.layers.moe import MixtureOfExperts, MoERecord
 from minillm.layers.norms import LayerNorm, RMSNorm
 from minillm.layers.positions import ShawPositions
 from minillm.layers.scaled_dot_product import scaled_dot_product_attention
@@ -21,7 +22,9 @@ def norm(config: TransformerConfig) -> nn.Module:
     return LayerNorm(config.d_model, eps=config.norm_eps, bias=config.bias)
 
 
-def _feed_forward(config: TransformerConfig) -> nn.Module:
+def _feed_forward(config: TransformerConfig, layer: int) -> nn.Module:
+    if config.moe is not None and config.has_experts(layer):
+        return config.moe.layer(config.d_model, config.d_ff, activation=config.activation, bias=config.bias)
     if config.activation == "swiglu":
         return SwiGLU(config.d_model, config.d_ff, bias=config.bias)
     approximate: Literal["none", "tanh"] = "tanh" if config.activation == "gelu_tanh" else "none"
@@ -29,9 +32,13 @@ def _feed_forward(config: TransformerConfig) -> nn.Module:
 
 
 class TransformerBlock(nn.Module):
-    """``x + attention(norm(x))``, then ``x + feed_forward(norm(x))``: pre-norm (Xiong et al. 2020; GPT-2)."""
+    """``x + attention(norm(x))``, then ``x + feed_forward(norm(x))``: pre-norm (Xiong et al. 2020; GPT-2).
 
-    def __init__(self, config: TransformerConfig) -> None:
+    ``layer`` counts from 0; whether the feed-forward layer is a mixture of experts depends on it. A token that its
+    experts have no room for passes that half of the block unchanged.
+    """
+
+    def __init__(self, config: TransformerConfig, layer: int = 0) -> None:
         super().__init__()
         self.attention_norm = norm(config)
         self.attention = MultiHeadAttention(
@@ -46,7 +53,7 @@ class TransformerBlock(nn.Module):
         if config.positions == "shaw":
             self.relative = ShawPositions(config.head_dim, config.relative_distance, bidirectional=False)
         self.feed_forward_norm = norm(config)
-        self.feed_forward = _feed_forward(config)
+        self.feed_forward = _feed_forward(config, layer)
         self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
 
     def forward(
@@ -59,7 +66,9 @@ class TransformerBlock(nn.Module):
         causal: bool = True,
         attend: Attend = scaled_dot_product_attention,
         cache: LayerKVCache | None = None,
-    ) -> Tensor:
+        return_record: bool = False,
+    ) -> Tensor | tuple[Tensor, MoERecord | None]:
+        """The block's output; with ``return_record`` also what its experts did (None if it has none)."""
         attended = self.attention(
             self.attention_norm(x),
             rotation=rotation,
@@ -70,5 +79,8 @@ class TransformerBlock(nn.Module):
             cache=cache,
         )
         x = x + self.dropout(attended)
-        out: Tensor = x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
-        return out
+        out, record = self.feed_forward(self.feed_forward_norm(x)), None
+        if isinstance(self.feed_forward, MixtureOfExperts):
+            out, record = out
+        out = x + self.dropout(out)
+        return (out, record) if return_record else out

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from minillm.layers.positions import RopeScaling, rope_scaling_from_dict
+from minillm.models.moe_config import MoEConfig, moe_config_from_dict
 
 _CHOICES = {
     "norm": ("layernorm", "rmsnorm"),
@@ -48,6 +49,7 @@ class TransformerConfig:
         tied_embeddings: the output head is the token embedding.
         dropout: probability, after the embedding, on attention weights and at the end of each residual branch.
         initializer_std: standard deviation of the initial weights.
+        moe: experts in place of feed-forward layers (chapter 06); None is none.
     """
 
     vocab_size: int
@@ -71,6 +73,7 @@ class TransformerConfig:
     relative_distance: int = 128
     relative_buckets: int = 32
     window: int | None = None
+    moe: MoEConfig | None = None
 
     def __post_init__(self) -> None:
         for name, allowed in _CHOICES.items():
@@ -113,6 +116,15 @@ class TransformerConfig:
                 raise TypeError(f"rope_scaling must be None or a RoPE scaling, got {self.rope_scaling!r}")
             if self.positions != "rope":
                 raise ValueError(f"rope_scaling must be None unless positions='rope', got {self.rope_scaling!r}")
+        if self.moe is not None:
+            if not isinstance(self.moe, MoEConfig):
+                raise TypeError(f"moe must be None or a MoEConfig, got {self.moe!r}")
+            if self.moe.layers is not None and self.moe.layers[-1] >= self.n_layers:
+                raise ValueError(f"moe.layers must be below n_layers={self.n_layers}, got {self.moe.layers}")
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether block ``layer`` (from 0) has experts."""
+        return self.moe is not None and (self.moe.layers is None or layer in self.moe.layers)
 
     def replace(self, **changes: Any) -> "TransformerConfig":
         """A copy with ``changes``. A size at its default takes the default that follows from the changes."""
@@ -132,6 +144,8 @@ class TransformerConfig:
         fields = dict(_known(fields))
         if isinstance(fields.get("rope_scaling"), dict):
             fields["rope_scaling"] = rope_scaling_from_dict(fields["rope_scaling"])
+        if isinstance(fields.get("moe"), dict):
+            fields["moe"] = moe_config_from_dict(fields["moe"])
         if "vocab_size" not in fields:
             raise ValueError("vocab_size is missing from the config")
         return cls(**fields)

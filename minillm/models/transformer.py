@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from minillm.layers.attention_arguments import check_mask_and_bias
 from minillm.layers.kv_cache import KVCache
+from minillm.layers.moe import MixtureOfExperts, MoERecord
 from minillm.layers.positions import (
     AlibiBias,
     LearnedPositions,
@@ -38,7 +39,8 @@ class Transformer(nn.Module):
     Parameter names: ``token_embedding.weight``, ``position_embedding.weight`` (learned positions),
     ``position_bias.weight`` (T5's), ``blocks.{i}.relative.keys`` and ``.values`` (Shaw's),
     ``blocks.{i}.attention_norm``, ``blocks.{i}.attention.qkv``, ``blocks.{i}.attention.output``,
-    ``blocks.{i}.feed_forward_norm``, ``blocks.{i}.feed_forward.up``, ``.down`` and ``.gate`` (SwiGLU), ``final_norm``,
+    ``blocks.{i}.feed_forward_norm``, ``blocks.{i}.feed_forward.up``, ``.down`` and ``.gate`` (SwiGLU), or where there
+    are experts ``.router``, ``.experts`` and ``.shared`` (:class:`minillm.layers.MixtureOfExperts`), ``final_norm``,
     ``lm_head.weight`` (untied).
     """
 
@@ -65,7 +67,7 @@ class Transformer(nn.Module):
         elif config.positions == "rope":
             self.rotary = RotaryEmbedding(config.head_dim, base=config.rope_base, scaling=config.rope_scaling)
         self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
-        self.blocks = nn.ModuleList(TransformerBlock(config) for _ in range(config.n_layers))
+        self.blocks = nn.ModuleList(TransformerBlock(config, layer) for layer in range(config.n_layers))
         self.final_norm = norm(config)
         self.lm_head = None if config.tied_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
         self._initialize()
@@ -75,12 +77,14 @@ class Transformer(nn.Module):
         std = self.config.initializer_std
         residual_std = std / math.sqrt(2 * self.config.n_layers)
         for name, parameter in self.named_parameters():
-            if name.endswith(("attention.output.weight", "feed_forward.down.weight")):
+            if ".router." in name and not name.endswith("router.weight"):
+                continue  # what a router has beside its scores begins as the router says
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif name.endswith(("attention.output.weight", ".down.weight", ".experts.down")):
                 nn.init.normal_(parameter, std=residual_std)
             elif parameter.dim() >= 2:
                 nn.init.normal_(parameter, std=std)
-            elif name.endswith("bias"):
-                nn.init.zeros_(parameter)
 
     def forward(
         self,
@@ -90,7 +94,8 @@ class Transformer(nn.Module):
         positions: Tensor | None = None,
         mask: Tensor | None = None,
         last_only: bool = False,
-    ) -> Tensor:
+        return_records: bool = False,
+    ) -> Tensor | tuple[Tensor, list[MoERecord]]:
         """Scores of the next token at every place.
 
         Args:
@@ -102,20 +107,31 @@ class Transformer(nn.Module):
             mask: boolean, True where a token may look, beside causality; broadcasts to (batch, n_heads, seq, keys)
                 where keys counts all tokens before these too, those that a rolling cache has forgotten among them.
             last_only: score the last place only, (batch, 1, vocab_size): what generation needs.
+            return_records: give also what each layer of experts did, the first layer first. Their ``losses`` belong in
+                the training loss (:class:`minillm.training.Trainer` sees to it).
 
-        Returns: logits (batch, seq, vocab_size).
+        Returns: logits (batch, seq, vocab_size), or (logits, records).
 
         Raises TypeError for tokens of another dtype, ValueError for a bad shape, length, or id. (On a CUDA device an id
         out of range trips the device-side assertion instead: reading it here would make every step wait for the
         device.)
         """
         x, sight = self._embed(tokens, cache, positions, mask)
+        records: list[MoERecord] = []
         for index, block in enumerate(self.blocks):
-            x = block(x, **sight, cache=None if cache is None else cache.layers[index])
+            x, record = block(x, **sight, cache=None if cache is None else cache.layers[index], return_record=True)
+            if record is not None:
+                records.append(record)
         if last_only:
             x = x[:, -1:]
         x = self.final_norm(x)
-        return F.linear(x, self.token_embedding.weight if self.lm_head is None else self.lm_head.weight)
+        logits = F.linear(x, self.token_embedding.weight if self.lm_head is None else self.lm_head.weight)
+        return (logits, records) if return_records else logits
+
+    def mixtures(self) -> list[MixtureOfExperts]:
+        """The layers of experts, the first block's first: one for each record of :meth:`forward`."""
+        layers = (cast(TransformerBlock, block).feed_forward for block in self.blocks)
+        return [layer for layer in layers if isinstance(layer, MixtureOfExperts)]
 
     def _embed(
         self, tokens: Tensor, cache: KVCache | None, positions: Tensor | None, mask: Tensor | None

@@ -133,8 +133,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     """Split a model's parameters into those that weight decay pulls towards zero and those that it leaves alone.
 
     Matrices (two dimensions or more: projections and embeddings) decay; vectors (biases, and the gains of the norms)
-    do not, for a norm's gain has its natural value at one and not at zero. A tied weight appears once. Frozen
-    parameters (`requires_grad` False) are left out.
+    do not, for a norm's gain has its natural value at one and not at zero; nor do the stacked biases of experts. A
+    tied weight appears once. Frozen parameters (`requires_grad` False) are left out.
 
     Args:
         model: any module.
@@ -150,12 +150,13 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     if not (math.isfinite(weight_decay) and weight_decay >= 0):
         raise ValueError(f"weight_decay must be a finite number of at least 0, got {weight_decay!r}")
     # named_parameters() gives a parameter that two modules share once, under its first name.
-    trainable = [parameter for _, parameter in model.named_parameters() if parameter.requires_grad]
+    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     if not trainable:
         raise ValueError("the model has no trainable parameter: every one is frozen, or there is none")
+    decays = {name: parameter.dim() >= 2 and not name.endswith("bias") for name, parameter in trainable}
     groups: list[dict[str, Any]] = [
-        {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for name, p in trainable if decays[name]], "weight_decay": weight_decay},
+        {"params": [p for name, p in trainable if not decays[name]], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
 

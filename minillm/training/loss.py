@@ -32,7 +32,7 @@ def count_targets(batches: Sequence[Batch]) -> int:
 
 
 def accumulate_gradients(
-    forward: Callable[[Tensor], Tensor],
+    forward: Callable[[Tensor], Tensor | tuple[Tensor, Tensor]],
     batches: Sequence[Batch],
     device: torch.device,
     context: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
@@ -42,8 +42,11 @@ def accumulate_gradients(
     Each batch's summed loss is divided by the number of targets in all of them. The mean of the batches' own means
     would weigh the tokens of a short batch more than those of a long one; this is the gradient of the one big batch.
 
+    What `forward` adds to the loss (the balance of experts, a mean over its tokens) is weighed by the share of the
+    batch in all targets, and learned from, but not reported as a part of the loss.
+
     Args:
-        forward: tokens (batch, seq) -> logits (batch, seq, vocab_size).
+        forward: tokens (batch, seq) -> logits (batch, seq, vocab_size), or (logits, a scalar to be added to the loss).
         batches: at least one, on the CPU; each may have its own shape.
         device: where `forward` computes.
         context: entered around each forward pass, for autocast.
@@ -61,9 +64,13 @@ def accumulate_gradients(
     for batch in batches:
         inputs, targets = to_device(batch, device)
         with context():
-            loss = summed_cross_entropy(forward(inputs), targets) / n_targets
-        loss.backward()  # type: ignore[no-untyped-call]
+            logits = forward(inputs)
+            logits, added = logits if isinstance(logits, tuple) else (logits, None)
+            loss = summed_cross_entropy(logits, targets) / n_targets
         total += loss.detach()
+        if added is not None:
+            loss = loss + added * (count_targets([batch]) / n_targets)
+        loss.backward()  # type: ignore[no-untyped-call]
     return total, n_targets
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from minillm.models.modes import evaluation_mode
 from minillm.optim import AdamW, parameter_groups, warmup_cosine
@@ -20,6 +20,7 @@ from minillm.training.interrupt import Interrupt, interruptible
 from minillm.training.lock import exclusive
 from minillm.training.loss import Batch, accumulate_gradients, mean_loss
 from minillm.training.metrics import NonFiniteError, StepStatistics
+from minillm.training.mixtures import MixtureTraining
 from minillm.training.precision import autocast, check_compiler, resolve_device, resolve_precision
 from minillm.training.report import Report
 from minillm.training.result import TrainingResult, bits_per_byte
@@ -49,6 +50,7 @@ class Trainer:
 
     Args:
         model: tokens (batch, seq) -> logits (batch, seq, vocab_size). It is moved to the device and trained in place.
+            The losses of a `Transformer`'s experts are added to what is minimised, not to the loss that is reported.
         train_data, validation_data: where the batches come from.
         config: see `TrainingConfig`.
         folder: where metrics and checkpoints go; None writes nothing.
@@ -93,10 +95,11 @@ class Trainer:
             fused=True,
         )
         self._parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        self._forward: Callable[[Tensor], Tensor] = model
+        forward: Callable[..., Any] = model
         if self.config.compile:
             check_compiler(self.device)
-            self._forward = torch.compile(model)
+            forward = torch.compile(model)
+        self._mixtures = MixtureTraining(model, forward)
         self._context = partial(autocast, self.precision, self.device)
         self._on_log, self._on_evaluate = on_log, on_evaluate
         self._report = Report(progress=progress)
@@ -157,13 +160,14 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         batches = [self.train_data.next_batch() for _ in range(config.gradient_accumulation_steps)]
-        loss, n_targets = accumulate_gradients(self._forward, batches, self.device, self._context)
+        loss, n_targets = accumulate_gradients(self._mixtures.forward, batches, self.device, self._context)
         grad_norm = nn.utils.clip_grad_norm_(self._parameters, config.grad_clip or float("inf"))
         self._statistics.add(step, loss, grad_norm, n_targets)
         if self.device.type == "cpu":
             # Costs nothing here, and the parameters stay as they were; a GPU is asked with the next line of metrics.
             self._statistics.check()
         self.optimizer.step()
+        self._mixtures.after_update()
         self.optimizer.zero_grad(set_to_none=True)
         self.step, self._in_a_step = step, False
 
@@ -236,7 +240,7 @@ class Trainer:
 
     def _measure(self) -> dict[str, Any]:
         rate = self.optimizer.param_groups[0]["lr"]
-        return self._report.measure(self.step, self._statistics, learning_rate=rate)
+        return self._report.measure(self.step, self._statistics, learning_rate=rate) | self._mixtures.read()
 
     def _call_back(self, line: dict[str, Any], *, evaluated: bool) -> None:
         devices = [self.device] if self.device.type == "cuda" else []
