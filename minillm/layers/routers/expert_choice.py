@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from minillm.layers.routers.losses import router_z_loss
 from minillm.layers.routers.router import Router
 from minillm.layers.routers.routing import Routing
 
@@ -38,7 +37,5 @@ class ExpertChoiceRouter(Router):
         # (capacity, n_experts): all experts' best tokens first, which a smaller capacity of the mixture then keeps.
         weights, tokens = probabilities.topk(self.capacity(logits.size(0)), dim=0)
         experts = torch.arange(self.n_experts, device=logits.device).expand_as(tokens)
-        losses = {}
-        if self.z_loss:
-            losses["z"] = self.z_loss * router_z_loss(logits)
+        losses = self.losses(logits, probabilities, experts)
         return Routing(tokens.flatten(), experts.flatten(), weights.flatten(), probabilities, losses)

@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.nn import functional as F
 
-from minillm.layers.routers.losses import router_z_loss
 from minillm.layers.routers.router import Router
 from minillm.layers.routers.routing import Routing
 
@@ -26,7 +25,8 @@ class NoisyTopKRouter(Router):
     A): ``importance`` of the sums of the weights that each expert gets, ``load`` of how many tokens it gets. Neither
     follows from the other: one expert may get few tokens with large weights. In training the load is the estimate of
     :func:`selection_probabilities`, summed over the tokens, and has a gradient; in evaluation it is the count itself,
-    so that the figure stays comparable.
+    so that the figure stays comparable. With k = 1 every weight is 1, and only the load loss teaches the router to be
+    even.
 
     Both matrices start as zeros, "no signal and some noise" (appendix A), so that experts start evenly loaded.
 
@@ -50,6 +50,8 @@ class NoisyTopKRouter(Router):
     ) -> None:
         super().__init__(d_model, n_experts, k, balance_loss=0.0, z_loss=z_loss)
         for name, number in (("importance_loss", importance_loss), ("load_loss", load_loss)):
+            if not isinstance(number, int | float) or isinstance(number, bool):
+                raise TypeError(f"{name} must be a number, got {number!r}")
             if not 0.0 <= number < math.inf:
                 raise ValueError(f"{name} must be at least 0 and finite, got {number}")
         self.importance_loss, self.load_loss = importance_loss, load_loss
@@ -64,7 +66,8 @@ class NoisyTopKRouter(Router):
         experts = scores.topk(self.k, dim=-1).indices  # (n_tokens, k)
         chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(1, experts, True)
         gates = scores.masked_fill(~chosen, -math.inf).softmax(dim=-1)  # (n_tokens, n_experts), k of a row above 0
-        losses = {}
+        probabilities = logits.softmax(dim=-1)
+        losses = self.losses(logits, probabilities, experts)
         if self.importance_loss:
             losses["importance"] = self.importance_loss * squared_variation(gates.sum(dim=0))
         if self.load_loss:
@@ -72,24 +75,25 @@ class NoisyTopKRouter(Router):
             if self.training:
                 load = selection_probabilities(logits, scores, deviation, experts)
             losses["load"] = self.load_loss * squared_variation(load.sum(dim=0))
-        if self.z_loss:
-            losses["z"] = self.z_loss * router_z_loss(logits)
-        return Routing.from_choices(experts, gates.gather(1, experts), logits.softmax(dim=-1), losses)
+        return Routing.from_choices(experts, gates.gather(1, experts), probabilities, losses)
 
     def noise_deviation(self, x: Tensor) -> Tensor:
         """``softplus(x noise_weight^T)``, (n_tokens, n_experts): the standard deviation of each logit's noise.
 
-        float32 or float64 like the logits, at least 1e-6. ValueError on a CPU if one is NaN.
+        float32 or float64 like the logits, at least 1e-6. ValueError on a CPU if one is NaN or infinite.
         """
         with torch.autocast(x.device.type, enabled=False):
             exact = torch.promote_types(x.dtype, torch.float32)
             deviation = F.softplus(F.linear(x.to(exact), self.noise_weight.to(exact)))
-        # As in Router.logits: reading a value makes a GPU wait.
-        if deviation.device.type == "cpu" and not is_compiling() and deviation.isnan().any():
-            token = int(deviation.isnan().any(dim=1).nonzero()[0])
-            raise ValueError(
-                f"noise deviations must be numbers, got NaN for token {token}: its input or noise_weight is NaN"
-            )
+        # As in Router.logits: to read a value would make a GPU wait.
+        if deviation.device.type == "cpu" and not is_compiling():
+            bad = ~deviation.isfinite()
+            if bad.any():
+                token = int(bad.any(dim=1).nonzero()[0])
+                raise ValueError(
+                    f"noise deviations must be finite numbers, got another for token {token}: "
+                    "its input or noise_weight is NaN, infinite or too large"
+                )
         return deviation.clamp_min(_SMALLEST_NOISE)
 
 

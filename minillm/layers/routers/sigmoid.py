@@ -53,6 +53,8 @@ class SigmoidRouter(Router):
         z_loss: float = 0.0,
     ) -> None:
         super().__init__(d_model, n_experts, k, balance_loss=balance_loss, z_loss=z_loss)
+        if not isinstance(scaling, int | float) or isinstance(scaling, bool):
+            raise TypeError(f"scaling must be a number, got {scaling!r}")
         if not 0.0 < scaling < math.inf:
             raise ValueError(f"scaling must be above 0 and finite, got {scaling}")
         for name, value in (("n_groups", n_groups), ("groups_per_token", groups_per_token)):
