@@ -17,12 +17,14 @@ from minillm.costs.flops import (
     training_flops,
 )
 from minillm.costs.kv_cache import kv_cache_bytes, kv_cache_bytes_per_token
-from minillm.costs.parameters import parameters, parameters_by_part
+from minillm.costs.moe import expert_parameters, moe_layers
+from minillm.costs.parameters import active_parameters, parameters, parameters_by_part
 from minillm.costs.published import PUBLISHED_MODELS, PublishedModel
 
 __all__ = [
     "PUBLISHED_MODELS",
     "PublishedModel",
+    "active_parameters",
     "attention_activation_bytes",
     "attention_activation_bytes_by_part",
     "attention_flops",
@@ -30,12 +32,14 @@ __all__ = [
     "attention_flops_per_pair",
     "decode_flops_per_token",
     "dense_weights",
+    "expert_parameters",
     "forward_flops",
     "forward_flops_per_token",
     "kv_cache_bytes",
     "kv_cache_bytes_per_token",
     "live_fraction",
     "live_pairs",
+    "moe_layers",
     "parameters",
     "parameters_by_part",
     "training_flops",

@@ -9,17 +9,27 @@ what an implementation that masks the scores computes, what ``torch.utils.flop_c
 report (Narayanan et al. 2021, section 5.1; Chowdhery et al. 2022, appendix B). ``causal=True`` counts the pairs that a
 causal mask lets through, ``seq (seq + 1) / 2``, fewer with a sliding window: the least there is to compute, and nearly
 what flash attention and block-sparse attention do.
+
+With experts a token pays for the router, the k experts it is sent to and the shared ones, as dispatch by sorting does;
+the one-hot products of the papers' einsum dispatch come on top of that and are not counted.
 """
 
+from minillm.costs.moe import active_feed_forward_weights, moe_layers, router_noise_weights
 from minillm.costs.shape import ModelShape, feed_forward_matrices, qkv_width
 
 
 def dense_weights(config: ModelShape) -> int:
-    """Weights that multiply every token: the matrices of all blocks and the output head, tied or not."""
+    """Weights that a token multiplies: the matrices of all blocks and the output head, tied or not.
+
+    Of a layer with experts those of the router, of k experts and of the shared ones.
+    """
     heads_width = config.n_heads * config.head_dim
     attention = config.d_model * (qkv_width(config) + heads_width)
     feed_forward = feed_forward_matrices(config) * config.d_model * config.d_ff
-    return config.n_layers * (attention + feed_forward) + config.vocab_size * config.d_model
+    weights = config.n_layers * (attention + feed_forward) + config.vocab_size * config.d_model
+    if config.moe is not None:
+        weights += len(moe_layers(config)) * (active_feed_forward_weights(config) - feed_forward)
+    return weights
 
 
 def attention_flops_per_pair(config: ModelShape) -> int:
@@ -30,7 +40,7 @@ def attention_flops_per_pair(config: ModelShape) -> int:
 def forward_flops(config: ModelShape, batch_size: int, seq: int, *, causal: bool = False) -> int:
     """Operations of one forward pass over (batch_size, seq) tokens, logits at every place; exact."""
     _positive(batch_size=batch_size, seq=seq)
-    pairs = _causal_pairs(config, seq) if causal else seq * seq
+    pairs = causal_pairs(seq, config.window) if causal else seq * seq
     per_token = 2 * dense_weights(config) + _shaw_flops(config, seq)
     return batch_size * (seq * per_token + pairs * attention_flops_per_pair(config))
 
@@ -57,11 +67,12 @@ def training_flops(config: ModelShape, n_tokens: int, *, seq: int | None = None,
     Three times the forward pass: the backward pass has two products for each of the forward's, one for the gradient of
     each factor. About ``6 N`` a token (Kaplan et al. 2020, section 2.1). Nothing recomputed is counted, neither by
     checkpointing nor within flash attention's backward: these are the model's operations, the numerator of model FLOPs
-    utilisation, not the hardware's.
+    utilisation, not the hardware's. The noise of "noisy_top_k" routers is counted here only: evaluation has none.
     """
     _positive(n_tokens=n_tokens)
     seq = config.context_length if seq is None else seq
-    return 3 * n_tokens * forward_flops_per_token(config, seq, causal=causal)
+    noise = 0 if config.moe is None else 2 * len(moe_layers(config)) * router_noise_weights(config)
+    return 3 * n_tokens * (forward_flops_per_token(config, seq, causal=causal) + noise)
 
 
 def _shaw_flops(config: ModelShape, keys: int) -> int:
@@ -71,9 +82,9 @@ def _shaw_flops(config: ModelShape, keys: int) -> int:
     return attention_flops_per_pair(config) * min(config.relative_distance + 1, keys)
 
 
-def _causal_pairs(config: ModelShape, seq: int) -> int:
+def causal_pairs(seq: int, window: int | None = None) -> int:
     """Pairs of a query and a key that it may see: ``1 + 2 + ...``, each at most the window."""
-    growing = seq if config.window is None else min(seq, config.window)
+    growing = seq if window is None else min(seq, window)
     return growing * (growing + 1) // 2 + (seq - growing) * growing
 
 
