@@ -28,7 +28,8 @@ def load_balancing_loss(probabilities: Tensor, experts: Tensor) -> Tensor:
     if n_tokens == 0:
         return probabilities.sum()
     # Divided before it becomes the probabilities' dtype: in float16 a count ends at 65504.
-    share = assignments_per_expert(experts, n_experts) / max(experts.numel(), 1)
+    exact = torch.promote_types(probabilities.dtype, torch.float32)
+    share = assignments_per_expert(experts, n_experts).to(exact) / max(experts.numel(), 1)
     return n_experts * (share.to(probabilities.dtype) * probabilities.mean(dim=0)).sum()
 
 

@@ -43,12 +43,12 @@ class Routing:
     def __post_init__(self) -> None:
         if self.probabilities.dim() != 2:
             raise ValueError(f"probabilities must be (n_tokens, n_experts), got {tuple(self.probabilities.shape)}")
-        assignments = (self.weights.size(0),) if self.choices is None else (self.choices * self.n_tokens,)
+        assignments = (self.weights.numel() if self.choices is None else self.choices * self.n_tokens,)
+        if self.weights.shape != assignments:
+            raise ValueError(f"weights must be {assignments}, got {tuple(self.weights.shape)}")
         for name, values in (("tokens", self.tokens), ("experts", self.experts)):
             if values.shape != assignments or values.dtype != torch.int64:
                 raise ValueError(f"{name} must be int64 {assignments}, got {values.dtype} {tuple(values.shape)}")
-        if self.weights.shape != assignments:
-            raise ValueError(f"weights must be {assignments}, got {tuple(self.weights.shape)}")
 
     @property
     def n_tokens(self) -> int:
