@@ -3,6 +3,15 @@
 from minillm.layers.attention import MultiHeadAttention
 from minillm.layers.block_layout import BlockLayout
 from minillm.layers.cross_attention import CrossAttention, CrossMemory
+from minillm.layers.expert_preferences import (
+    Association,
+    Preference,
+    expert_information,
+    expert_lift,
+    expert_preferences,
+    expert_token_counts,
+    main_experts,
+)
 from minillm.layers.experts import Experts
 from minillm.layers.feed_forward import FeedForward, SwiGLU
 from minillm.layers.kv_cache import KVCache, LayerKVCache, RollingLayerKVCache
@@ -25,6 +34,7 @@ from minillm.layers.positions import (
     sinusoidal_shift,
     t5_bucket,
 )
+from minillm.layers.routing_statistics import RoutingStatistics, routing_statistics
 from minillm.layers.scaled_dot_product import (
     causal_mask,
     plain_scaled_dot_product_attention,
@@ -35,6 +45,7 @@ from minillm.layers.sparse_attention import block_sparse_attention
 
 __all__ = [
     "AlibiBias",
+    "Association",
     "BlockLayout",
     "CrossAttention",
     "CrossMemory",
@@ -51,10 +62,12 @@ __all__ = [
     "MultiHeadAttention",
     "NTKScaling",
     "Pattern",
+    "Preference",
     "RMSNorm",
     "RelativePositionBias",
     "RollingLayerKVCache",
     "RotaryEmbedding",
+    "RoutingStatistics",
     "ShawPositions",
     "SinusoidalPositions",
     "SwiGLU",
@@ -63,7 +76,13 @@ __all__ = [
     "alibi_slopes",
     "block_sparse_attention",
     "causal_mask",
+    "expert_information",
+    "expert_lift",
+    "expert_preferences",
+    "expert_token_counts",
+    "main_experts",
     "plain_scaled_dot_product_attention",
+    "routing_statistics",
     "scaled_dot_product_attention",
     "sinusoidal_positions",
     "sinusoidal_shift",

@@ -3,6 +3,8 @@
 from minillm.plots.attention import attention_map
 from minillm.plots.bars import bars, format_bytes, memory_bars
 from minillm.plots.curves import loss_curve
+from minillm.plots.expert_preferences import preference_map, routing_map
+from minillm.plots.experts import expert_load, expert_load_over_time
 from minillm.plots.patterns import pattern_grid
 from minillm.plots.style import COLOURS, save, visible
 from minillm.plots.tokens import token_strip
@@ -11,10 +13,14 @@ __all__ = [
     "COLOURS",
     "attention_map",
     "bars",
+    "expert_load",
+    "expert_load_over_time",
     "format_bytes",
     "loss_curve",
     "memory_bars",
     "pattern_grid",
+    "preference_map",
+    "routing_map",
     "save",
     "token_strip",
     "visible",

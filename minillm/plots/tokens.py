@@ -19,6 +19,7 @@ _GAP = 0.5  # between two boxes, in columns; half of it is padding inside the bo
 def token_strip(
     pieces: Sequence[str | bytes] | Mapping[str, Sequence[str | bytes]],
     *,
+    tints: Sequence[str] | Mapping[str, Sequence[str]] | None = None,
     columns: int = 88,
     title: str | None = None,
 ) -> Figure:
@@ -27,9 +28,12 @@ def token_strip(
     pieces: the text of each token, or several such lists under a label each, drawn one below the other so that they
         can be compared. A space is drawn as "·", a line end as "↵". A piece given as bytes that is not valid UTF-8 by
         itself (part of a character), or that the font cannot draw, is written as its bytes: "e6 97" is b"\\xe6\\x97".
+    tints: a matplotlib colour for each piece, pale enough for black text, in the same form as pieces; None changes
+        colour from token to token.
     columns: how many characters wide a line is; a longer piece is shortened in its middle.
 
-    Raises ValueError when there is nothing to draw or columns < 8, TypeError for a piece that is not str or bytes.
+    Raises ValueError when there is nothing to draw, tints do not fit or columns < 8, TypeError for a piece that is not
+    str or bytes.
     """
     if columns < 8:
         raise ValueError(f"columns must be at least 8, got {columns}")
@@ -38,6 +42,7 @@ def token_strip(
     strips = dict(pieces) if isinstance(pieces, Mapping) else {"": pieces}
     if not any(strips.values()):
         raise ValueError("pieces is empty: nothing to draw")
+    colours = _tints_of(strips, tints)
     drawn = {label: _lines([_shown(piece) for piece in strip], columns) for label, strip in strips.items()}
     headers = sum(1 for label in drawn if label) + (title is not None)
     height = _LINE * (sum(len(lines) for lines in drawn.values()) + headers) + 0.12 * (len(drawn) + 1)
@@ -57,10 +62,22 @@ def token_strip(
                 top += _LINE
             for line in lines:
                 for text, left, number, is_bytes in line:
-                    _box(axes, text, left, top, _TINTS[number % len(_TINTS)], is_bytes)
+                    _box(axes, text, left, top, colours[label][number], is_bytes)
                 top += _LINE
             top += 0.12
     return figure
+
+
+def _tints_of(
+    strips: Mapping[str, Sequence[str | bytes]], tints: Sequence[str] | Mapping[str, Sequence[str]] | None
+) -> dict[str, Sequence[str]]:
+    if tints is None:
+        return {label: [_TINTS[n % len(_TINTS)] for n in range(len(strip))] for label, strip in strips.items()}
+    colours = dict(tints) if isinstance(tints, Mapping) else {"": tints}
+    wanted, got = ({label: len(row) for label, row in rows.items()} for rows in (strips, colours))
+    if wanted != got:
+        raise ValueError(f"tints must hold one colour a piece, {wanted}, got {got}")
+    return colours
 
 
 def _box(axes: Axes, text: str, left: float, top: float, tint: str, is_bytes: bool) -> None:

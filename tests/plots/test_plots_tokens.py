@@ -5,6 +5,7 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
@@ -26,6 +27,19 @@ def test_one_box_a_token_in_reading_order():
     assert len(edges) == 3
     assert all(left.x1 <= right.x0 for left, right in pairwise(edges))
     assert len({box.get_facecolor() for box in boxes(figure)}) == 3
+
+
+def test_tints_give_each_piece_its_colour():
+    figure = token_strip({"a": ["x", "y"], "b": ["z"]}, tints={"a": ["#ff0000", "#00ff00"], "b": ["#ff0000"]})
+    assert [to_hex(box.get_facecolor()) for box in boxes(figure)] == ["#ff0000", "#00ff00", "#ff0000"]
+    one = token_strip(["x", "y"], tints=["#ffffff", "#000000"])
+    assert [to_hex(box.get_facecolor()) for box in boxes(one)] == ["#ffffff", "#000000"]
+
+
+@pytest.mark.parametrize("tints", [["red"], {"a": ["red", "red"]}, {"": ["red"]}])
+def test_tints_that_do_not_fit_are_refused(tints):
+    with pytest.raises(ValueError, match="tints must hold one colour a piece"):
+        token_strip(["x", "y"], tints=tints)
 
 
 def test_labels_and_title_stand_above_their_strips():
