@@ -109,7 +109,8 @@ def expert_information(counts: Tensor) -> Association:
     Normalised by ``min(H(expert), H(label))``, so that 1 means that one of them determines the other, whether labels
     are 2 corpora or 30,000 token ids; 0 where there is nothing to tell (one expert, one label, no tokens). Chance is
     ``(n_experts - 1)(n_labels - 1) / (2 n)`` over the experts and labels seen (Miller 1955): too high where most labels
-    occur only a few times, or where a token has several experts, which are never the same one twice. The order of experts and labels does not change a bit of the result.
+    occur only a few times, or where a token has several experts, which are never the same one twice. The order
+    of experts and labels does not change a bit of the result.
     """
     counts = _checked(counts)
     total = counts.sum()
