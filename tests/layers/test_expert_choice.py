@@ -160,7 +160,7 @@ def test_refusals() -> None:
         ExpertChoiceRouter(6, 4, 5)
     with pytest.raises(ValueError, match="router logits must be finite numbers, got NaN for token 1"):
         router_with_signal()(torch.tensor([[0.0] * 6, [math.nan] * 6]))
-    with pytest.raises(TypeError, match="balance_loss"):
+    with pytest.raises(ValueError, match="balance_loss"):
         make_router("expert_choice", 6, 4, 2, balance_loss=0.01)
 
 
