@@ -85,10 +85,14 @@ class MixtureOfExperts(nn.Module):
         if sizes != (d_model, n_experts, k):
             raise ValueError(f"router must be one for (d_model, n_experts, k) = {(d_model, n_experts, k)}, got {sizes}")
         for name, factor in (("capacity_factor", capacity_factor), ("eval_capacity_factor", eval_capacity_factor)):
+            if factor is not None and (isinstance(factor, bool) or not isinstance(factor, int | float)):
+                raise TypeError(f"{name} must be None or a number, got {factor!r}")
             if factor is not None and not 0.0 < factor < math.inf:
-                raise ValueError(f"{name} must be None or above 0 and finite, got {factor!r}")
-        if not isinstance(n_shared_experts, int) or n_shared_experts < 0:
-            raise ValueError(f"n_shared_experts must be an integer of at least 0, got {n_shared_experts!r}")
+                raise ValueError(f"{name} must be above 0 and finite, got {factor}")
+        if not isinstance(n_shared_experts, int) or isinstance(n_shared_experts, bool):
+            raise TypeError(f"n_shared_experts must be an integer, got {n_shared_experts!r}")
+        if n_shared_experts < 0:
+            raise ValueError(f"n_shared_experts must be at least 0, got {n_shared_experts}")
         if dispatch not in _DISPATCHES:
             raise ValueError(f"dispatch must be one of {', '.join(_DISPATCHES)}, got {dispatch!r}")
         self.capacity_factor, self.eval_capacity_factor, self.dispatch = capacity_factor, eval_capacity_factor, dispatch

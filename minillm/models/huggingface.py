@@ -1,4 +1,4 @@
-"""Exchange with Hugging Face: GPT-2, Llama and Mistral models and folders, in and out.
+"""Exchange with Hugging Face: GPT-2, Llama, Mistral and Mixtral models and folders, in and out.
 
 ``load`` and ``save`` read and write the files themselves (config.json and safetensors); ``from_transformers`` reads the
 object it is given; only ``to_transformers`` imports the library.
@@ -20,29 +20,31 @@ from minillm.models.huggingface_gpt2 import GPT2
 from minillm.models.huggingface_layout import Layout
 from minillm.models.huggingface_llama import LLAMA
 from minillm.models.huggingface_mistral import MISTRAL
+from minillm.models.huggingface_mixtral import MIXTRAL
 from minillm.models.transformer import Transformer
 
-_LAYOUTS = {"gpt2": GPT2, "llama": LLAMA, "mistral": MISTRAL}
+_LAYOUTS = {"gpt2": GPT2, "llama": LLAMA, "mistral": MISTRAL, "mixtral": MIXTRAL}
 
 
 def from_transformers(model: Any) -> Transformer:
     """A :class:`Transformer` that computes what ``model`` computes, with copies of its weights.
 
     Args:
-        model: ``GPT2LMHeadModel``, ``LlamaForCausalLM``, ``MistralForCausalLM`` (or, if tied, the model without head).
+        model: ``GPT2LMHeadModel``, ``LlamaForCausalLM``, ``MistralForCausalLM``, ``MixtralForCausalLM`` (or, if tied,
+            the model without head).
 
     Returns it on the same device, in the same dtype and mode. Raises ValueError for what :class:`Transformer` has not:
     another model_type, activation, scaled attention, attention biases, unequal dropouts and the like, each by name.
     """
     fields = model.config.to_dict()
     layout = _layout_named(fields.get("model_type"))
-    tensors = model.state_dict()
+    tensors = layout.from_memory(model.state_dict())
     result = _build(layout, layout.read_config(fields), tensors.keys(), tensors.__getitem__, None, None)
     return result.train(model.training)
 
 
 def to_transformers(model: Transformer) -> Any:
-    """The GPT-2, Llama (for RoPE) or Mistral (RoPE and a window) of transformers that computes what ``model`` does.
+    """The GPT-2, Llama (for RoPE), Mistral (and a window) or Mixtral (experts) that computes what ``model`` does.
 
     It has copies of the weights. Raises ImportError if ``transformers`` is not installed, and ValueError if that layout
     cannot hold the config.
@@ -61,7 +63,7 @@ def to_transformers(model: Transformer) -> Any:
     no_tokens: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     config = transformers.AutoConfig.for_model(**fields, **no_tokens)
     result = getattr(transformers, layout.architecture)(config).to(device=weight.device, dtype=weight.dtype)
-    tensors = _foreign_tensors(layout, model)
+    tensors = dict(layout.to_memory(_foreign_tensors(layout, model)))
     if model.config.tied_embeddings:  # the same parameter under another name
         tensors["lm_head.weight"] = weight.detach()
     result.load_state_dict(tensors)
@@ -137,6 +139,8 @@ def save(
 
 def _layout_of(config: TransformerConfig) -> Layout:
     """The layout that could hold this config; the details are checked by its ``write_config``."""
+    if config.moe is not None:
+        return MIXTRAL
     if config.positions == "rope":
         return LLAMA if config.window is None else MISTRAL
     return GPT2
@@ -177,7 +181,7 @@ def _build(
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             source = sources[name]
-            for part, theirs in zip(torch.split(parameter, source.rows), source.names, strict=True):
+            for theirs, part in source.parts(parameter):
                 tensor = get(foreign[theirs])
                 tensor = tensor.t() if source.transposed and tensor.dim() == 2 else tensor
                 if tensor.shape != part.shape:
@@ -195,7 +199,7 @@ def _foreign_tensors(layout: Layout, model: Transformer) -> dict[str, Tensor]:
     sources = layout.sources(model.config)
     for name, parameter in model.named_parameters():
         source = sources[name]
-        for part, theirs in zip(torch.split(parameter.detach(), source.rows), source.names, strict=True):
+        for theirs, part in source.parts(parameter.detach()):
             full = theirs if theirs == "lm_head.weight" else layout.prefix + theirs
             tensors[full] = part.t() if source.transposed else part
     return tensors

@@ -48,7 +48,14 @@ def _read_gpt2(fields: Mapping[str, Any]) -> TransformerConfig:
 
 def _write_gpt2(config: TransformerConfig) -> dict[str, Any]:
     require_fields(
-        "GPT-2", config, norm="layernorm", positions="learned", bias=True, n_kv_heads=config.n_heads, window=None
+        "GPT-2",
+        config,
+        norm="layernorm",
+        positions="learned",
+        bias=True,
+        n_kv_heads=config.n_heads,
+        window=None,
+        moe=None,
     )
     if config.activation == "swiglu" or config.n_heads * config.head_dim != config.d_model:
         raise ValueError(

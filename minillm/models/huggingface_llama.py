@@ -65,7 +65,7 @@ def decoder_fields(layout: str, config: TransformerConfig) -> dict[str, Any]:
 
 def _write_llama(config: TransformerConfig) -> dict[str, Any]:
     fields = decoder_fields("Llama", config)
-    require_fields("Llama", config, window=None)
+    require_fields("Llama", config, window=None, moe=None)
     if config.d_model % config.n_heads:
         raise ValueError(
             "Hugging Face's Llama layout needs d_model to be a multiple of n_heads even if head_dim is given, got "

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from minillm.models.config import TransformerConfig
-from minillm.models.huggingface_layout import Layout, require
+from minillm.models.huggingface_layout import Layout, require, require_fields
 from minillm.models.huggingface_llama import LLAMA, decoder_fields
 
 # Where they differ from Llama's, for config files that leave out what is usual.
@@ -19,6 +19,7 @@ def _read_mistral(fields: Mapping[str, Any]) -> TransformerConfig:
 
 
 def _write_mistral(config: TransformerConfig) -> dict[str, Any]:
+    require_fields("Mistral", config, moe=None)
     return {"model_type": "mistral", **decoder_fields("Mistral", config), "sliding_window": config.window}
 
 

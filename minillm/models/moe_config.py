@@ -1,10 +1,11 @@
 """Which blocks of a transformer have experts, how many, and how tokens find them."""
 
 import dataclasses
-import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+import torch
 
 from minillm.layers.moe import MixtureOfExperts
 from minillm.layers.routers import make_router
@@ -38,33 +39,22 @@ class MoEConfig:
     router_options: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        for name, lowest in (("n_experts", 1), ("k", 1), ("d_ff", 1), ("n_shared_experts", 0)):
-            value = getattr(self, name)
-            if value is None and name == "d_ff":
-                continue
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"{name} must be an integer, got {value!r}")
-            if value < lowest:
-                raise ValueError(f"{name} must be at least {lowest}, got {value}")
-        for name in ("capacity_factor", "eval_capacity_factor"):
-            factor = getattr(self, name)
-            if factor is not None and not 0.0 < factor < math.inf:
-                raise ValueError(f"{name} must be None or above 0 and finite, got {factor!r}")
         if self.layers is not None:  # a list where it was read from a file
-            layers = tuple(self.layers)
-            if not layers or any(not isinstance(layer, int) or isinstance(layer, bool) for layer in layers):
-                raise TypeError(f"layers must be None or some integers, got {self.layers!r}")
-            if min(layers) < 0 or len(set(layers)) < len(layers):
+            layers = tuple(self.layers) if isinstance(self.layers, Iterable) else (self.layers,)
+            if any(not isinstance(layer, int) or isinstance(layer, bool) for layer in layers):
+                raise TypeError(f"layers must be None or integers, got {self.layers!r}")
+            if not layers or min(layers) < 0 or len(set(layers)) < len(layers):
                 raise ValueError(f"layers must be different numbers of at least 0, got {self.layers!r}")
             object.__setattr__(self, "layers", tuple(sorted(layers)))
         object.__setattr__(self, "router_options", dict(self.router_options))
-        make_router(self.router, 1, self.n_experts, self.k, **self._options())  # refuses what it does not know
+        with torch.device("meta"):  # takes no memory; what the layer refuses is refused here already
+            self.layer(1, 1, activation="gelu", bias=False)
 
     def layer(self, d_model: int, d_ff: int, *, activation: Any, bias: bool) -> MixtureOfExperts:
         """One such layer, for a model of these sizes."""
         return MixtureOfExperts(
             d_model,
-            self.d_ff or d_ff,
+            d_ff if self.d_ff is None else self.d_ff,
             self.n_experts,
             self.k,
             router=make_router(self.router, d_model, self.n_experts, self.k, **self._options()),

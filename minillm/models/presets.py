@@ -5,7 +5,8 @@ Build the big ones without memory: ``with torch.device("meta"): Transformer(pres
 
 Sources: Radford et al. 2019, table 2 (GPT-2; the counts are those of the released weights); Touvron et al. 2023, "Llama
 2", table 1 and appendix A.2.1; Grattafiori et al. 2024, "The Llama 3 Herd of Models", table 3; Jiang et al. 2023,
-"Mistral 7B", table 1; Zhang et al. 2024, "TinyLlama", table 2; the released config files.
+"Mistral 7B", table 1; Jiang et al. 2024, "Mixtral of Experts", table 1; Zhang et al. 2024,
+"TinyLlama", table 2; the released config files.
 """
 
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from types import MappingProxyType
 
 from minillm.layers.positions import Llama3Scaling
 from minillm.models.config import TransformerConfig
+from minillm.models.moe_config import MoEConfig
 
 _GPT2 = TransformerConfig(
     vocab_size=50257, context_length=1024, d_model=768, n_layers=12, n_heads=12, activation="gelu_tanh", dropout=0.1
@@ -34,6 +36,9 @@ _LLAMA_2 = TransformerConfig(
 _LLAMA_3 = _LLAMA_2.replace(vocab_size=128256, context_length=8192, n_kv_heads=8, d_ff=14336, rope_base=500000.0)
 _LLAMA_3_2 = _LLAMA_3.replace(
     context_length=131072, d_ff=8192, tied_embeddings=True, rope_scaling=Llama3Scaling(factor=32.0)
+)
+_MIXTRAL = _LLAMA_2.replace(
+    context_length=32768, n_kv_heads=8, d_ff=14336, rope_base=1e6, moe=MoEConfig(8, 2, balance_loss=0.001)
 )
 _SMALL_LLAMA = _LLAMA_2.replace(vocab_size=8192, context_length=512, tied_embeddings=True)
 
@@ -59,6 +64,10 @@ PRESETS: Mapping[str, TransformerConfig] = MappingProxyType(
         "llama-3.2-1b": _LLAMA_3_2.replace(d_model=2048, n_layers=16),
         "llama-3.2-3b": _LLAMA_3_2.replace(d_model=3072, n_layers=28, n_heads=24),
         "mistral-7b": _LLAMA_2.replace(context_length=32768, n_kv_heads=8, d_ff=14336, window=4096),
+        "mixtral-8x7b": _MIXTRAL,
+        "mixtral-8x22b": _MIXTRAL.replace(
+            vocab_size=32768, context_length=65536, d_model=6144, n_layers=56, n_heads=48, d_ff=16384
+        ),
         "tinyllama-1.1b": _LLAMA_2.replace(context_length=2048, d_model=2048, n_layers=22, n_kv_heads=4, d_ff=5632),
         "smollm2-135m": _LLAMA_2.replace(
             vocab_size=49152, context_length=8192, d_model=576, n_layers=30, n_heads=9, n_kv_heads=3, d_ff=1536,

@@ -349,7 +349,7 @@ def test_other_architectures_are_refused_by_name():
         "intermediate_size": 8,
     }
     other = transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**small))
-    with pytest.raises(ValueError, match="model_type must be one of gpt2, llama, mistral, got 'gpt_neox'"):
+    with pytest.raises(ValueError, match="model_type must be one of gpt2, llama, mistral, mixtral, got 'gpt_neox'"):
         huggingface.from_transformers(other)
 
 
@@ -388,7 +388,7 @@ def test_broken_folders_are_refused_by_name(tmp_path):
     config.write_text("[]")
     refused(ValueError, "must hold a JSON object, got list")
     config.write_text('{"model_type": "bert"}')
-    refused(ValueError, "model_type must be one of gpt2, llama, mistral, got 'bert'")
+    refused(ValueError, "model_type must be one of gpt2, llama, mistral, mixtral, got 'bert'")
 
     model = huggingface.from_transformers(_gpt2())
     huggingface.save(model, tmp_path)

@@ -1,5 +1,6 @@
 """Routers: who decides which expert a token goes to."""
 
+from inspect import signature
 from typing import Any
 
 from minillm.layers.routers.expert_choice import ExpertChoiceRouter
@@ -23,9 +24,13 @@ ROUTERS: dict[str, type[Router]] = {
 
 
 def make_router(name: str, d_model: int, n_experts: int, k: int, **options: Any) -> Router:
-    """The router of that name; ``options`` are its keyword arguments. ValueError naming all for another name."""
+    """The router of that name; ``options`` are its keyword arguments. ValueError for a name or option there is not."""
     if name not in ROUTERS:
         raise ValueError(f"router must be one of {', '.join(ROUTERS)} or a Router, got {name!r}")
+    known = list(signature(ROUTERS[name]).parameters)[3:]
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise ValueError(f"router {name!r} has no option {', '.join(unknown)}; it has {', '.join(known)}")
     return ROUTERS[name](d_model, n_experts, k, **options)
 
 

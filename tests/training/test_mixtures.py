@@ -1,0 +1,140 @@
+"""Training a model with experts: the loss that is minimised, the figures in the metrics, the biases, resuming."""
+
+import copy
+import json
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from minillm.models import MoEConfig, Transformer, TransformerConfig
+from minillm.training import Trainer, TrainingConfig
+from minillm.training.loss import accumulate_gradients
+from minillm.training.mixtures import MixtureTraining
+
+
+class Batches:
+    """Random batches of different sizes; only as many as a Trainer asks for."""
+
+    n_tokens, n_bytes = 100, 100
+
+    def __init__(self, sizes=((3, 8), (2, 5))) -> None:
+        self.sizes, self.count = sizes, 0
+
+    def next_batch(self):
+        generator = torch.Generator().manual_seed(self.count)
+        shape = self.sizes[self.count % len(self.sizes)]
+        self.count += 1
+        return tuple(torch.randint(0, 19, (2, *shape), generator=generator))
+
+    def evaluation_batches(self, max_batches=None):
+        yield tuple(torch.randint(0, 19, (2, 2, 8), generator=torch.Generator().manual_seed(99)))
+
+    def state_dict(self):
+        return {"count": self.count}
+
+    def load_state_dict(self, state):
+        self.count = state["count"]
+
+
+def _model(moe: MoEConfig | None, **changes) -> Transformer:
+    torch.manual_seed(3)
+    small = {"vocab_size": 19, "context_length": 8, "d_model": 16, "n_layers": 2, "n_heads": 2, "initializer_std": 0.3}
+    return Transformer(TransformerConfig(**(small | {"moe": moe} | changes)))
+
+
+def _settings(**changes) -> TrainingConfig:
+    return TrainingConfig(**({"max_steps": 4, "log_every": 2, "eval_every": None, "device": "cpu"} | changes))
+
+
+def test_what_is_minimised_is_the_loss_and_the_experts_losses_weighed_by_tokens():
+    model = _model(MoEConfig(4, 2, balance_loss=0.5, z_loss=0.1)).double()
+    batches = [Batches().next_batch(), Batches(((2, 5),)).next_batch()]
+    mixtures = MixtureTraining(model, model)
+    loss, n_targets = accumulate_gradients(mixtures.forward, batches, torch.device("cpu"))
+    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+    model.zero_grad()
+    cross_entropy = router = 0.0
+    for inputs, targets in batches:
+        logits, records = model(inputs, return_records=True)
+        weight = targets.numel() / n_targets
+        cross_entropy = cross_entropy + weight * F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        router = router + weight * sum(record.losses["balance"] + record.losses["z"] for record in records)
+    (cross_entropy + router).backward()
+    torch.testing.assert_close(loss.double(), cross_entropy, atol=1e-6, rtol=0)  # reported without
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad)
+    assert router > 0.1
+
+
+def test_metrics_tell_of_the_experts_and_only_where_there_are_some(tmp_path):
+    trainer = Trainer(
+        _model(MoEConfig(4, 1, router="switch", capacity_factor=0.5)),
+        Batches(),
+        Batches(),
+        _settings(),
+        folder=tmp_path,
+    )
+    trainer.train()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 3
+    for line in lines:
+        assert 0.015 < line["router_loss"] <= 0.08  # about 0.01 a layer when balanced, 0.04 when one expert has all
+        assert 1.0 <= line["load_imbalance"] <= 4.0
+        assert 0.2 <= line["drop_rate"] < 0.9  # a half and more, but room is rounded up
+    dense = Trainer(_model(None), Batches(), Batches(), _settings(), progress=False)
+    dense.train()
+    assert not {"router_loss", "load_imbalance", "drop_rate"} & set(dense.history[-1])
+
+
+def test_biases_move_once_an_update_by_the_load_of_all_its_batches():
+    model = _model(MoEConfig(4, 2, router="sigmoid"))
+    before = copy.deepcopy(model)
+    trainer = Trainer(model, Batches(), None, _settings(max_steps=1, gradient_accumulation_steps=2), progress=False)
+    trainer.train()
+    loads = [torch.zeros(4, dtype=torch.int64) for _ in range(2)]
+    data = Batches()
+    for _ in range(2):
+        records = before(data.next_batch()[0], return_records=True)[1]
+        loads = [load + record.routing.assigned for load, record in zip(loads, records, strict=True)]
+    for mixture, load in zip(model.mixtures(), loads, strict=True):
+        expected = 0.001 * (load.float().mean() - load).sign()
+        torch.testing.assert_close(mixture.router.bias, expected)
+        assert expected.any()
+    assert not any(mixture.router.bias.any() for mixture in before.mixtures())
+
+
+def _stop_after(trainer, step):
+    if trainer.step == step:
+        raise RuntimeError("stopped here")
+
+
+@pytest.mark.parametrize("moe", [MoEConfig(4, 2, router="sigmoid"), MoEConfig(4, 2, router="noisy_top_k")])
+def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(moe, tmp_path):
+    whole = _model(moe)
+    Trainer(whole, Batches(), None, _settings(max_steps=6), folder=tmp_path / "whole", progress=False).train()
+    settings = _settings(max_steps=6, checkpoint_every=3)
+    broken = Trainer(_model(moe), Batches(), None, settings, folder=tmp_path / "parts", progress=False)
+    broken.model.register_forward_pre_hook(lambda module, inputs: _stop_after(broken, 4))
+    with pytest.raises(RuntimeError, match="stopped here"):
+        broken.train()
+    model = _model(moe)
+    Trainer(model, Batches(), None, settings, folder=tmp_path / "parts", progress=False).train()
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name]), name
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # of torch's own, where a graph goes on
+def test_a_compiled_model_gives_the_same_losses():
+    trainer = Trainer(
+        _model(MoEConfig(4, 2), n_layers=1), Batches(((3, 8),)), None, _settings(max_steps=1), progress=False
+    )
+    compiled = MixtureTraining(trainer.model, torch.compile(trainer.model, backend="eager"))
+    tokens = Batches().next_batch()[0]
+    logits, added = compiled.forward(tokens)
+    expected, records = model(tokens, return_records=True)
+    torch.testing.assert_close(logits, expected)
+    torch.testing.assert_close(added, records[0].losses["balance"])
+    assert compiled.read()["load_imbalance"] >= 1.0
+    assert compiled.read() == {}
