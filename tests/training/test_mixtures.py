@@ -127,10 +127,8 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(moe, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # of torch's own, where a graph goes on
 def test_a_compiled_model_gives_the_same_losses():
-    trainer = Trainer(
-        _model(MoEConfig(4, 2), n_layers=1), Batches(((3, 8),)), None, _settings(max_steps=1), progress=False
-    )
-    compiled = MixtureTraining(trainer.model, torch.compile(trainer.model, backend="eager"))
+    model = _model(MoEConfig(4, 2), n_layers=1)
+    compiled = MixtureTraining(model, torch.compile(model, backend="eager"))
     tokens = Batches().next_batch()[0]
     logits, added = compiled.forward(tokens)
     expected, records = model(tokens, return_records=True)
