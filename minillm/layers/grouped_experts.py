@@ -1,0 +1,217 @@
+"""The experts' feed-forward networks over rows sorted by expert, as one operation of autograd.
+
+Of autograd's own pieces, ``cat([expert(rows_e, weight[e]) ...])``, each ``weight[e]`` makes a gradient of the size of
+the whole stack, mostly zeros, and all of these are added up: work that grows with the square of the number of experts.
+Here each expert's gradient is written into its slice of one buffer. And one expert is done from its first matrix to its
+last before the next is begun, so that its rows stay in the processor's cache.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from minillm.layers.gradient_buffers import GradientBuffers
+
+
+class Weights(NamedTuple):
+    """The stacks of :class:`minillm.layers.Experts`, or one expert's slices of them; None for what it does not have."""
+
+    gate: Tensor | None
+    up: Tensor
+    down: Tensor
+    gate_bias: Tensor | None
+    up_bias: Tensor | None
+    down_bias: Tensor | None
+
+
+def one_expert(x: Tensor, weights: Weights, activation: str) -> Tensor:
+    """The plain version for one expert: (..., d_model) to (..., d_model), with its slices of the stacks."""
+    up = F.linear(x, weights.up, weights.up_bias)
+    if weights.gate is None:
+        hidden = activate(up, activation)
+    else:
+        hidden = activate(F.linear(x, weights.gate, weights.gate_bias), activation) * up
+    return F.linear(hidden, weights.down, weights.down_bias)
+
+
+def plain_grouped_experts(rows: Tensor, weights: Weights, counts: list[int], activation: str) -> Tensor:
+    """The plain version: a loop over the experts, of operations that autograd knows."""
+    *groups, beyond = torch.split(rows, [*counts, rows.size(0) - sum(counts)])
+    stacks = [[None] * len(counts) if stack is None else stack.unbind(0) for stack in weights]
+    out = [one_expert(x, Weights(*own), activation) for x, *own in zip(groups, *stacks, strict=True)]
+    return torch.cat([*out, torch.zeros_like(beyond, dtype=out[0].dtype)])
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # the sizes of the groups are data: a compiler would write a program for each set of them
+def grouped_experts(
+    rows: Tensor, weights: Weights, counts: list[int], activation: str, buffers: GradientBuffers
+) -> Tensor:
+    """Each group of ``rows`` (n_rows, d_model) through its own expert: what :func:`plain_grouped_experts` gives.
+
+    The products run in the type of the rows, in which the result comes too; the weights are brought to it one expert at
+    a time. For the backward pass the rows and the numbers before the activation are kept, nothing else. Derivatives of
+    derivatives go through the plain version. ``buffers`` gives memory for the weights' gradients.
+    """
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (rows, *weights)):
+        out: Tensor = _GroupedExperts.apply(rows, counts, activation, buffers, *weights)[0]  # type: ignore[no-untyped-call]
+        return out
+    return _forward(rows, weights, counts, activation, keep=False)[0]
+
+
+def activate(x: Tensor, activation: str) -> Tensor:
+    if activation == "swiglu":
+        return F.silu(x)
+    if activation == "relu":
+        return F.relu(x)
+    return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+def _activate_backward(gradient: Tensor, x: Tensor, activation: str) -> Tensor:
+    aten = torch.ops.aten
+    if activation == "swiglu":
+        result = aten.silu_backward(gradient, x)
+    elif activation == "relu":
+        result = aten.threshold_backward(gradient, x, 0)
+    else:
+        result = aten.gelu_backward(gradient, x, approximate="tanh" if activation == "gelu_tanh" else "none")
+    assert isinstance(result, Tensor)
+    return result
+
+
+class _GroupedExperts(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        rows: Tensor, counts: list[int], activation: str, buffers: GradientBuffers, *weights: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        return _forward(rows, Weights(*weights), counts, activation, keep=True)  # type: ignore[arg-type]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | None, Tensor]) -> None:
+        rows, ctx.counts, ctx.activation, ctx.buffers, *weights = inputs
+        gate, up = output[1:]
+        ctx.mark_non_differentiable(*(kept for kept in (gate, up) if kept is not None))
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(rows, gate, up, *weights)
+
+    @staticmethod
+    def backward(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        rows, gate, up, *stacks = ctx.saved_tensors
+        weights, wanted = Weights(*stacks), (ctx.needs_input_grad[0], *ctx.needs_input_grad[4:])
+        if d_outputs[0] is None:
+            return (None,) * len(ctx.needs_input_grad)
+        with torch.autocast(rows.device.type, enabled=False):
+            if torch.is_grad_enabled():  # this gradient will be differentiated: operations that autograd knows
+                d = _differentiable_backward(d_outputs[0], rows, weights, wanted, ctx.counts, ctx.activation)
+            else:
+                d = _backward(d_outputs[0], rows, gate, up, weights, wanted, ctx.counts, ctx.activation, ctx.buffers)
+        return d[0], None, None, None, *d[1:]
+
+
+def _forward(
+    rows: Tensor, weights: Weights, counts: list[int], activation: str, *, keep: bool
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The outputs, and what stands before the activation, to keep or to forget: gate (None without one) and up."""
+    out = torch.empty_like(rows)
+    out[sum(counts) :].zero_()
+    room = (rows.size(0) if keep else max(counts), weights.up.size(1))
+    gates = None if weights.gate is None else rows.new_empty(room)
+    ups = rows.new_empty(room)
+    start = 0
+    for expert, count in enumerate(counts):
+        if count == 0:
+            continue
+        own = slice(start, start + count)
+        kept = own if keep else slice(count)
+        weight = _of_expert(weights, expert, rows.dtype)
+        up = _linear(rows[own], weight.up, weight.up_bias, out=ups[kept])
+        if gates is None or weight.gate is None:
+            hidden = activate(up, activation)
+        else:
+            gate = _linear(rows[own], weight.gate, weight.gate_bias, out=gates[kept])
+            hidden = activate(gate, activation).mul_(up)
+        _linear(hidden, weight.down, weight.down_bias, out=out[own])
+        start += count
+    return out, gates, ups
+
+
+def _backward(
+    d_out: Tensor,
+    rows: Tensor,
+    gates: Tensor | None,
+    ups: Tensor,
+    weights: Weights,
+    wanted: tuple[bool, ...],
+    counts: list[int],
+    activation: str,
+    buffers: GradientBuffers,
+) -> tuple[Tensor | None, ...]:
+    """The gradients of (rows, *weights), None for those that are not wanted."""
+    d_rows = torch.empty_like(rows) if wanted[0] else None
+    d_stacks = [
+        buffers.empty_like(number, stack) if want and stack is not None else None
+        for number, (stack, want) in enumerate(zip(weights, wanted[1:], strict=True))
+    ]
+    d_gates, d_ups, d_downs, d_gate_biases, d_up_biases, d_down_biases = d_stacks
+    if d_rows is not None:
+        d_rows[sum(counts) :].zero_()
+    below_down = any(d is not None for d in (d_rows, d_gates, d_ups, d_gate_biases, d_up_biases))
+    start = 0
+    for expert, count in enumerate(counts):
+        if count == 0:
+            for d_stack in d_stacks:
+                if d_stack is not None:
+                    d_stack[expert].zero_()
+            continue
+        own = slice(start, start + count)
+        start += count
+        weight = _of_expert(weights, expert, rows.dtype)
+        x, up, d_own = rows[own], ups[own], d_out[own]
+        gate = None if gates is None else gates[own]
+        activated = activate(up if gate is None else gate, activation)
+        _add_up(d_downs, d_down_biases, expert, d_own, activated if gate is None else activated * up)
+        if not below_down:
+            continue
+        d_hidden = torch.mm(d_own, weight.down)
+        if gate is None:
+            d_up = _activate_backward(d_hidden, up, activation)
+        else:
+            d_gate = _activate_backward(d_hidden * up, gate, activation)
+            d_up = d_hidden.mul_(activated)
+            _add_up(d_gates, d_gate_biases, expert, d_gate, x)
+        _add_up(d_ups, d_up_biases, expert, d_up, x)
+        if d_rows is not None:
+            torch.mm(d_up, weight.up, out=d_rows[own])
+            if gate is not None and weight.gate is not None:
+                d_rows[own].addmm_(d_gate, weight.gate)
+    return (d_rows, *d_stacks)
+
+
+def _differentiable_backward(
+    d_out: Tensor, rows: Tensor, weights: Weights, wanted: tuple[bool, ...], counts: list[int], activation: str
+) -> tuple[Tensor | None, ...]:
+    """The same gradients by operations that autograd knows."""
+    same_type = Weights(*(None if stack is None else stack.to(rows.dtype) for stack in weights))  # type: ignore[arg-type]
+    out = plain_grouped_experts(rows, same_type, counts, activation)
+    inputs = [tensor for tensor, want in zip((rows, *weights), wanted, strict=True) if want and tensor is not None]
+    d_inputs = iter(torch.autograd.grad(out, inputs, d_out, create_graph=True, allow_unused=True))
+    return tuple(next(d_inputs) if want else None for want in wanted)
+
+
+def _of_expert(weights: Weights, expert: int, dtype: torch.dtype) -> Weights:
+    return Weights(*(None if stack is None else stack[expert].to(dtype) for stack in weights))  # type: ignore[arg-type]
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, out: Tensor) -> Tensor:
+    return torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
+
+
+def _add_up(d_weights: Tensor | None, d_biases: Tensor | None, expert: int, d_y: Tensor, x: Tensor) -> None:
+    """The gradients of ``y = x weight^T + bias`` into the expert's place, where they are wanted."""
+    if d_weights is not None and d_weights.dtype == x.dtype:
+        torch.mm(d_y.t(), x, out=d_weights[expert])
+    elif d_weights is not None:
+        d_weights[expert].copy_(torch.mm(d_y.t(), x))
+    if d_biases is not None:
+        d_biases[expert].copy_(d_y.sum(dim=0))
