@@ -166,6 +166,14 @@ def test_update_is_the_sign_of_what_is_lacking() -> None:
     torch.testing.assert_close(router.bias, torch.tensor([0.0, -0.001, 0.0, 0.001]))
 
 
+def test_the_rate_is_the_routers_own() -> None:
+    router = SigmoidRouter(6, 2, 1, bias_rate=0.25)
+    router.update_bias(torch.tensor([3, 1]))
+    assert router.bias.tolist() == [-0.25, 0.25]
+    with pytest.raises(ValueError, match="bias_rate must be at least 0 and finite, got -1"):
+        SigmoidRouter(6, 2, 1, bias_rate=-1)
+
+
 def test_update_with_large_counts_is_exact() -> None:
     """2^53 + 1 is no float64: the comparison must be of integers."""
     router = SigmoidRouter(6, 2, 1)

@@ -30,6 +30,8 @@ class SigmoidRouter(Router):
         n_groups, groups_per_token: node-limited routing. The experts stand in n_groups groups of neighbours, one on
             each node; a token may go to groups_per_token of them (DeepSeek-V3: 4 of 8), those in which the two largest
             ``s + bias`` have the largest sum. All groups as long as both are 1.
+        bias_rate: how far one update moves a bias: 0.001 for most of DeepSeek-V3's training, 0 at its end. A run of a
+            few thousand steps needs more.
         balance_loss: coefficient of :func:`load_balancing_loss` of ``s / sum(s)`` and of what would be chosen without
             the bias; 0, the default, leaves it out. DeepSeek-V3 adds it with 0.0001, for each sequence by itself
             (equations 17-20); a router sees no sequences, so it is of all tokens of the call here.
@@ -49,6 +51,7 @@ class SigmoidRouter(Router):
         renormalise: bool = True,
         n_groups: int = 1,
         groups_per_token: int = 1,
+        bias_rate: float = 0.001,
         balance_loss: float = 0.0,
         z_loss: float = 0.0,
     ) -> None:
@@ -57,6 +60,8 @@ class SigmoidRouter(Router):
             raise TypeError(f"scaling must be a number, got {scaling!r}")
         if not 0.0 < scaling < math.inf:
             raise ValueError(f"scaling must be above 0 and finite, got {scaling}")
+        if not 0.0 <= bias_rate < math.inf:
+            raise ValueError(f"bias_rate must be at least 0 and finite, got {bias_rate}")
         for name, value in (("n_groups", n_groups), ("groups_per_token", groups_per_token)):
             if not isinstance(value, int) or isinstance(value, bool):
                 raise TypeError(f"{name} must be an integer, got {value!r}")
@@ -69,7 +74,7 @@ class SigmoidRouter(Router):
                 f"k must be at most the {groups_per_token * (n_experts // n_groups)} experts of "
                 f"groups_per_token={groups_per_token} groups, got {k}"
             )
-        self.scaling, self.renormalise = scaling, renormalise
+        self.scaling, self.renormalise, self.bias_rate = scaling, renormalise, bias_rate
         self.n_groups, self.groups_per_token = n_groups, groups_per_token
         self.register_buffer("bias", torch.zeros(n_experts))
 
@@ -102,12 +107,12 @@ class SigmoidRouter(Router):
         return scores.topk(self.k, dim=-1).indices
 
     @torch.no_grad()
-    def update_bias(self, assigned: Tensor, rate: float = 0.001) -> None:
+    def update_bias(self, assigned: Tensor, rate: float | None = None) -> None:
         """``bias += rate * sign(mean(assigned) - assigned)``: once a step, in training (Wang et al. 2024, algorithm 1).
 
         Args:
             assigned: int64 (n_experts,), ``Routing.assigned`` summed over the micro-batches and ranks of the step.
-            rate: the bias update speed: 0.001 for most of DeepSeek-V3's training, 0 at its end.
+            rate: None is the router's bias_rate.
 
         Raises TypeError unless assigned is int64, ValueError for another shape or a rate below 0.
         """
@@ -115,6 +120,7 @@ class SigmoidRouter(Router):
             raise TypeError(f"assigned must be int64, got {assigned.dtype}")
         if assigned.shape != self.bias.shape:
             raise ValueError(f"assigned must be (n_experts={self.n_experts},), got {tuple(assigned.shape)}")
+        rate = self.bias_rate if rate is None else rate
         if not 0.0 <= rate < math.inf:
             raise ValueError(f"rate must be at least 0 and finite, got {rate}")
         # The sign of mean - assigned, in integers: no rounding moves a bias whose expert has exactly its share.
