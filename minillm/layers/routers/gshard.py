@@ -23,7 +23,8 @@ class GShardRouter(Router):
 
     Args: as :class:`Router`; k must be 2.
         random_second: random routing in training. Off by default: in GLaM a token has the answers of both its experts
-            (section 4), and in Lingvo random routing is an option that is off.
+            (section 4), and in Lingvo random routing is an option that is off. The number of assignments then depends
+            on the draws, so a GPU waits for it and a compiled graph breaks there.
     """
 
     def __init__(
