@@ -55,7 +55,7 @@ _ROUTERS = [("softmax", None), ("softmax", 1), ("switch", 1), ("glam", 2), ("noi
 _EVERY_ROUTER = [*_ROUTERS, ("expert_choice", 2)]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(config=_configs(_EVERY_ROUTER))
 def test_parameters_equal_the_model_in_all_and_in_each_part(config):
     with torch.device("meta"):
@@ -70,7 +70,7 @@ def test_parameters_equal_the_model_in_all_and_in_each_part(config):
     assert moe_layers(config) == tuple(range(N_LAYERS) if config.moe.layers is None else config.moe.layers)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(config=_configs(_ROUTERS), seed=st.integers(0, 99))
 def test_active_parameters_are_those_that_one_token_reaches(config, seed):
     """A single token through the model: experts without a gradient are those it was not sent to."""
@@ -92,12 +92,14 @@ def test_active_parameters_are_those_that_one_token_reaches(config, seed):
 
 
 def _counted(run) -> int:
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    # The counter knows addmm but not the form that adds in place, which the experts' backward pass uses.
+    in_place = {torch.ops.aten.addmm_: lambda added, a, b, **_: 2 * a[0] * a[1] * b[1]}
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=in_place) as counter:
         run()
     return counter.get_total_flops()
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(config=_configs(_ROUTERS), batch=st.integers(1, 3), seq=st.integers(1, 8))
 def test_flops_equal_the_products_that_ran(config, batch, seq):
     model = Transformer(config).eval()
