@@ -70,6 +70,7 @@ def train(
     Example:
       $ minillm train --corpus synthetic --out runs/grammar
       $ minillm train --steps 30 --set model.n_layers=1 --set training.learning_rate=2e-3 --out runs/short
+      $ minillm train --steps 30 --set model.moe.n_experts=8 --set model.moe.k=2 --out runs/experts
     """
     from minillm import presets
     from minillm.report import save_figures, summary, write

@@ -1,9 +1,9 @@
 """What a training run is made of, read from a TOML file: a shipped preset or the user's own.
 
-A file has four sections. [model] and [training] take the fields of `TransformerConfig` and `TrainingConfig`;
-[tokenizer] and [data] the settings of `minillm.training.run.train_run`, and [data] the corpus too. Every key may be
-left out. Names and types are checked here, before anything is built; whether a number makes sense is for the room that
-uses it to say.
+A file has four sections. [model] and [training] take the fields of `TransformerConfig` and `TrainingConfig`, and the
+table [model.moe] those of `MoEConfig`; [tokenizer] and [data] the settings of `minillm.training.run.train_run`, and
+[data] the corpus too. Every key may be left out. Names and types are checked here, before anything is built; whether a
+number makes sense is for the room that uses it to say.
 """
 
 import dataclasses
@@ -48,7 +48,11 @@ def load_preset(name_or_path: str) -> Configuration:
         if not isinstance(values, dict):
             raise ValueError(f"{name_or_path}: {section!r} stands outside a section: write it below [model] or another")
         for key, value in values.items():
-            _set(configuration, section, key, value)
+            table = value if isinstance(value, dict) else {}  # [model.moe]
+            for inner, inner_value in table.items():
+                _set(configuration, section, f"{key}.{inner}", inner_value)
+            if not table:
+                _set(configuration, section, key, value)
     return configuration
 
 
@@ -77,13 +81,13 @@ def override(configuration: Configuration, values: Mapping[str, Any]) -> Configu
 
 
 def allowed_keys() -> dict[str, dict[str, Any]]:
-    """Section -> key -> type, for all four sections."""
-    from minillm.models import TransformerConfig
+    """Section -> key -> type, for all four sections; a key of the table [model.moe] is "moe.key"."""
+    from minillm.models import MoEConfig, TransformerConfig
     from minillm.training import TrainingConfig
     from minillm.training.run_settings import DATA_DEFAULTS, TOKENIZER_DEFAULTS
 
     sections: dict[str, dict[str, Any]] = {
-        "model": _fields(TransformerConfig),
+        "model": _fields(TransformerConfig) | {f"moe.{key}": wanted for key, wanted in _fields(MoEConfig).items()},
         "tokenizer": {key: type(value) for key, value in TOKENIZER_DEFAULTS.items()},
         "data": {"corpus": str} | {key: type(value) for key, value in DATA_DEFAULTS.items()},
         "training": _fields(TrainingConfig),
@@ -101,7 +105,12 @@ def _set(configuration: Configuration, section: str, key: str, value: Any) -> No
             f"unknown key {key!r} in [{section}]{_closest(key, sections[section])}: "
             f"allowed are {', '.join(sections[section])}"
         )
-    configuration[section][key] = _typed(f"{section}.{key}", value, sections[section][key])
+    typed = _typed(f"{section}.{key}", value, sections[section][key])
+    outer, _, inner = key.rpartition(".")
+    if outer:
+        configuration[section][outer] = configuration[section].get(outer, {}) | {inner: typed}
+    else:
+        configuration[section][key] = typed
 
 
 def _typed(name: str, value: Any, wanted: Any) -> Any:
@@ -112,6 +121,10 @@ def _typed(name: str, value: Any, wanted: Any) -> Any:
         origin, arguments = typing.get_origin(choice), typing.get_args(choice)
         if origin is typing.Literal and value in arguments:
             return value
+        if origin is Mapping and isinstance(value, dict):
+            return value
+        if origin is tuple and isinstance(value, list | tuple) and ... in arguments:
+            return tuple(_typed(f"{name}[{i}]", part, arguments[0]) for i, part in enumerate(value))
         if origin is tuple and isinstance(value, list | tuple) and len(value) == len(arguments):
             return tuple(_typed(f"{name}[{i}]", part, arguments[i]) for i, part in enumerate(value))
         if choice is float and type(value) is int:  # 1 for 1.0; but True is no number

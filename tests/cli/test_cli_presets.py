@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from minillm.costs import parameters
-from minillm.models import TransformerConfig
+from minillm.models import MoEConfig, TransformerConfig
 from minillm.presets import allowed_keys, load_preset, override, parse_assignment, preset_names
 from minillm.training import TrainingConfig
 
@@ -29,9 +29,10 @@ def test_gpt2_small_has_the_parameters_of_gpt2() -> None:
 def test_keys_are_the_fields_of_the_configs() -> None:
     keys = allowed_keys()
     assert set(keys["training"]) == {field.name for field in dataclasses.fields(TrainingConfig)}
-    # The first is the tokenizer's to say, and the second is no plain value.
-    left_out = {"vocab_size", "rope_scaling"}
-    assert set(keys["model"]) == {field.name for field in dataclasses.fields(TransformerConfig)} - left_out
+    # The first is the tokenizer's to say; the others are no plain values, but one of them is a table of such.
+    left_out = {"vocab_size", "rope_scaling", "moe"}
+    experts = {f"moe.{field.name}" for field in dataclasses.fields(MoEConfig)}
+    assert set(keys["model"]) == {field.name for field in dataclasses.fields(TransformerConfig)} - left_out | experts
 
 
 def test_reads_a_file_of_ones_own(tmp_path: Path) -> None:
@@ -41,6 +42,28 @@ def test_reads_a_file_of_ones_own(tmp_path: Path) -> None:
     assert preset["model"] == {"n_layers": 3}
     assert preset["training"] == {"learning_rate": 1.0, "betas": (0.8, 0.9), "grad_clip": 2.0}
     assert (preset["tokenizer"], preset["data"]) == ({}, {})
+
+
+def test_experts_are_a_table(tmp_path: Path) -> None:
+    file = tmp_path / "experts.toml"
+    file.write_text("[model]\nn_layers = 3\n[model.moe]\nn_experts = 4\nlayers = [0, 2]\ncapacity_factor = 1\n")
+    preset = load_preset(str(file))
+    assert preset["model"] == {"n_layers": 3, "moe": {"n_experts": 4, "layers": (0, 2), "capacity_factor": 1.0}}
+    changed = override(preset, {"model.moe.k": 1, "model.moe.router_options": {"jitter": 0.1}})
+    config = TransformerConfig.from_dict(changed["model"] | {"vocab_size": 9})
+    expected = MoEConfig(4, 1, layers=(0, 2), capacity_factor=1.0, router_options={"jitter": 0.1})
+    assert config.moe == expected
+    assert "k" not in preset["model"]["moe"]  # the preset itself is as it was
+    for text, words in (
+        ("[model.moe]\nexperts = 4\n", r"unknown key 'moe.experts' in \[model\] \(did you mean 'moe.n_experts'\?\)"),
+        ("[model.moe]\n", r"unknown key 'moe' in \[model\]"),
+        ("[model]\nmoe = 4\n", r"unknown key 'moe' in \[model\]"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=words):
+            load_preset(str(file))
+    with pytest.raises(TypeError, match=r"model.moe.layers\[1\] must be a whole number, got 'b'"):
+        override(preset, {"model.moe.layers": [1, "b"]})
 
 
 @pytest.mark.parametrize(
