@@ -80,11 +80,14 @@ class Experts(nn.Module):
         if self._has_grouped_product(rows):
             with torch.autocast(device, enabled=False):
                 return self._by_grouped_products(rows, counts)
+        return self._by_groups(rows, counts)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # the sizes are data: each set would be a new program
+    def _by_groups(self, rows: Tensor, counts: Tensor) -> Tensor:
         sizes = counts.tolist()
         if min(sizes) < 0 or sum(sizes) > rows.size(0):
             raise ValueError(f"counts must be at least 0 and at most {rows.size(0)} rows in all, got {sizes}")
-        out: Tensor = grouped_experts(rows, self.weights, sizes, self.activation, self._buffers_for_gradients)
-        return out
+        return grouped_experts(rows, self.weights, sizes, self.activation, self._buffers_for_gradients)
 
     def batched(self, x: Tensor) -> Tensor:
         """(n_experts, capacity, d_model) to the same shape: every expert on as many rows, by batched products."""
@@ -117,14 +120,15 @@ class Experts(nn.Module):
         """A product and its gradients are one kernel each for all experts, and the counts stay on the device."""
         ends = counts.cumsum(0)
         row = torch.arange(rows.size(0), device=rows.device)
-        # Rows of nobody are not written by the kernel, in the backward pass neither: whatever was there must not pass.
-        nobody = (row >= ends[-1]).unsqueeze(1)
-        expert = torch.searchsorted(ends, row, right=True).clamp_(max=self.n_experts - 1)
+        # The kernel leaves rows of nobody unwritten, in the backward pass too. Whatever was in that memory is kept out of
+        # the results, of the gradient of rows and, by a bias that only these rows use, of the biases' gradients.
+        expert = torch.searchsorted(ends, row, right=True)  # n_experts for rows of nobody
+        nobody = (expert == self.n_experts).unsqueeze(1)
         offsets = ends.to(torch.int32)
 
         def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             y = F.grouped_mm(x, weight.to(x.dtype).mT, offs=offsets)
-            return y if bias is None else y + bias.to(x.dtype).index_select(0, expert)
+            return y if bias is None else y + F.pad(bias, (0, 0, 0, 1)).to(x.dtype).index_select(0, expert)
 
         rows = rows.masked_fill(nobody, 0.0)
         up = linear(rows, self.up, self.up_bias)

@@ -44,7 +44,6 @@ def plain_grouped_experts(rows: Tensor, weights: Weights, counts: list[int], act
     return torch.cat([*out, torch.zeros_like(beyond, dtype=out[0].dtype)])
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # the sizes of the groups are data: a compiler would write a program for each set of them
 def grouped_experts(
     rows: Tensor, weights: Weights, counts: list[int], activation: str, buffers: GradientBuffers
 ) -> Tensor:
