@@ -38,9 +38,8 @@ def one_expert(x: Tensor, weights: Weights, activation: str) -> Tensor:
 
 def plain_grouped_experts(rows: Tensor, weights: Weights, counts: list[int], activation: str) -> Tensor:
     """The plain version: a loop over the experts, of operations that autograd knows."""
-    *groups, beyond = torch.split(rows, [*counts, rows.size(0) - sum(counts)])
-    stacks = [[None] * len(counts) if stack is None else stack.unbind(0) for stack in weights]
-    out = [one_expert(x, Weights(*own), activation) for x, *own in zip(groups, *stacks, strict=True)]
+    *groups, beyond = _groups(rows, counts)
+    out = [one_expert(x, own, activation) for x, own in zip(groups, _by_expert(weights), strict=True)]
     return torch.cat([*out, torch.zeros_like(beyond, dtype=out[0].dtype)])
 
 
@@ -117,21 +116,21 @@ def _forward(
     room = (rows.size(0) if keep else max(counts), weights.up.size(1))
     gates = None if weights.gate is None else rows.new_empty(room)
     ups = rows.new_empty(room)
+    groups = zip(counts, _by_expert(weights), _groups(rows, counts), _groups(out, counts), strict=False)
     start = 0
-    for expert, count in enumerate(counts):
+    for count, weight, x, y in groups:
         if count == 0:
             continue
-        own = slice(start, start + count)
-        kept = own if keep else slice(count)
-        weight = _of_expert(weights, expert, rows.dtype)
-        up = _linear(rows[own], weight.up, weight.up_bias, out=ups[kept])
+        kept = slice(start, start + count) if keep else slice(count)
+        start += count
+        weight = _in_type(weight, rows.dtype)
+        up = _linear(x, weight.up, weight.up_bias, out=ups[kept])
         if gates is None or weight.gate is None:
             hidden = activate(up, activation)
         else:
-            gate = _linear(rows[own], weight.gate, weight.gate_bias, out=gates[kept])
+            gate = _linear(x, weight.gate, weight.gate_bias, out=gates[kept])
             hidden = activate(gate, activation).mul_(up)
-        _linear(hidden, weight.down, weight.down_bias, out=out[own])
-        start += count
+        _linear(hidden, weight.down, weight.down_bias, out=y)
     return out, gates, ups
 
 
@@ -156,8 +155,9 @@ def _backward(
     if d_rows is not None:
         d_rows[sum(counts) :].zero_()
     below_down = any(d is not None for d in (d_rows, d_gates, d_ups, d_gate_biases, d_up_biases))
+    groups = zip(counts, _by_expert(weights), *(_groups(tensor, counts) for tensor in (rows, ups, d_out)), strict=False)
     start = 0
-    for expert, count in enumerate(counts):
+    for expert, (count, weight, x, up, d_own) in enumerate(groups):
         if count == 0:
             for d_stack in d_stacks:
                 if d_stack is not None:
@@ -165,8 +165,7 @@ def _backward(
             continue
         own = slice(start, start + count)
         start += count
-        weight = _of_expert(weights, expert, rows.dtype)
-        x, up, d_own = rows[own], ups[own], d_out[own]
+        weight = _in_type(weight, rows.dtype)
         gate = None if gates is None else gates[own]
         activated = activate(up if gate is None else gate, activation)
         _add_up(d_downs, d_down_biases, expert, d_own, activated if gate is None else activated * up)
@@ -191,15 +190,25 @@ def _differentiable_backward(
     d_out: Tensor, rows: Tensor, weights: Weights, wanted: tuple[bool, ...], counts: list[int], activation: str
 ) -> tuple[Tensor | None, ...]:
     """The same gradients by operations that autograd knows."""
-    same_type = Weights(*(None if stack is None else stack.to(rows.dtype) for stack in weights))  # type: ignore[arg-type]
-    out = plain_grouped_experts(rows, same_type, counts, activation)
+    out = plain_grouped_experts(rows, _in_type(weights, rows.dtype), counts, activation)
     inputs = [tensor for tensor, want in zip((rows, *weights), wanted, strict=True) if want and tensor is not None]
     d_inputs = iter(torch.autograd.grad(out, inputs, d_out, create_graph=True, allow_unused=True))
     return tuple(next(d_inputs) if want else None for want in wanted)
 
 
-def _of_expert(weights: Weights, expert: int, dtype: torch.dtype) -> Weights:
-    return Weights(*(None if stack is None else stack[expert].to(dtype) for stack in weights))  # type: ignore[arg-type]
+def _groups(tensor: Tensor, counts: list[int]) -> tuple[Tensor, ...]:
+    """Each expert's rows, and last those of nobody."""
+    return torch.split_with_sizes(tensor, [*counts, tensor.size(0) - sum(counts)])
+
+
+def _by_expert(weights: Weights) -> list[Weights]:
+    n_experts = weights.up.size(0)
+    stacks = ((None,) * n_experts if stack is None else stack.unbind(0) for stack in weights)
+    return [Weights(*own) for own in zip(*stacks, strict=True)]
+
+
+def _in_type(weights: Weights, dtype: torch.dtype) -> Weights:
+    return Weights(*(None if weight is None else weight.to(dtype) for weight in weights))  # type: ignore[arg-type]
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, out: Tensor) -> Tensor:
