@@ -410,6 +410,7 @@ def drops(experts, n_experts, capacity):
 """,
     ),
     "expert by expert": ("6.4", mix()),
+    "experts without tokens are called too": ("6.4", mix().replace("if len(token):", "if True:")),
     "sorted": ("6.4", sort()),
     "sorted and put back choice by choice": (
         "6.4",
@@ -470,12 +471,9 @@ def flops_per_token(model):
     return 2 * matrices(model, model.k)
 """,
     ),
-    "total less what rests": (
+    "with the number of experts as an argument": (
         "6.5",
-        counting(
-            active="total_parameters(model) - (model.n_layers - model.dense_layers) * (model.n_experts - model.k)"
-            " * model.expert_matrices * model.d_model * model.expert_d_ff"
-        ),
+        counting(),
     ),
     "a loop over tokens and a sort": (
         "6.6",
@@ -559,6 +557,13 @@ class TestExercise06(ExerciseTests):
                 "in the opposite order of the experts",
             ),
             "topk": (gates(order="logits.topk(k, dim=-1)"), "of equal logits the lower number comes first"),
+            "all that reach the k-th logit": (
+                gates(
+                    weights="logits.masked_fill(logits < ordered[:, k - 1 : k], -math.inf).softmax(-1)"
+                    ".gather(1, experts[:, :k])"
+                ),
+                "an equal logit that is not chosen takes part",
+            ),
             "ties broken by a little": (
                 gates(order="(logits - 1e-6 * torch.arange(logits.shape[1])).sort(dim=-1, descending=True)"),
                 "expert 1 is the best, however close",
@@ -700,6 +705,27 @@ class TestExercise06(ExerciseTests):
             "rounded down": (queue(capacity="int(factor * k * n_tokens / n_experts)"), "round up"),
             "rounded": (queue(capacity="round(factor * k * n_tokens / n_experts)"), "round up"),
             "k forgotten": (queue(capacity="math.ceil(factor * n_tokens / n_experts)"), "a token has k assignments"),
+            "nearly rounded up": (queue(capacity="int(factor * k * n_tokens / n_experts + 0.99)"), "round up"),
+            "by an unstable sort": (
+                """
+def expert_capacity(n_tokens, n_experts, k, factor):
+    return math.ceil(factor * k * n_tokens / n_experts)
+
+def places(experts, n_experts):
+    flat = experts.T.flatten()
+    order = flat.argsort(stable=True).flip(0)
+    order = order[flat[order].argsort(stable=True)]
+    loads = torch.bincount(flat, minlength=n_experts)
+    out = torch.empty_like(flat)
+    out[order] = torch.arange(len(flat)) - (loads.cumsum(0) - loads)[flat[order]]
+    return out.view(experts.shape[1], -1).T
+
+def drops(experts, n_experts, capacity):
+    kept = places(experts, n_experts) < capacity
+    return kept, torch.bincount(experts[~kept], minlength=n_experts)
+""",
+                "who comes first has the lower place",
+            ),
             "rounded up twice": (
                 queue(capacity="math.ceil(factor * math.ceil(k * n_tokens / n_experts))"),
                 "round up once, at the end",
@@ -807,9 +833,16 @@ def drops(experts, n_experts, capacity):
                 mix(rows="network(x[token] * w)"),
                 "the weight belongs to its answer",
             ),
-            "weights shared out anew": (
+            "divided by the sum of what is left": (
                 mix(
                     before="weights = weights * kept; weights = weights / weights.sum(1, keepdim=True).clamp(min=1e-9)"
+                ),
+                "or they are divided by their sum",
+            ),
+            "shared out anew after a drop": (
+                mix(
+                    before="total = weights.sum(1, keepdim=True)",
+                    rows="network(x[token]) * w * (total / (weights * kept).sum(1, keepdim=True))[token]",
                 ),
                 "shared out anew",
             ),
@@ -1082,6 +1115,7 @@ def mixture(x, experts, weights, kept, networks):
             ),
             "by the relative difference": (bias(moved="bias + rate * (mean - loads) / mean"), "only the sign"),
             "without the rate": (bias(moved="bias + torch.sign(mean - loads)"), "the rate is not used"),
+            "only up": (bias(moved="bias + rate * (loads < mean)"), "those above it down"),
             "never at rest": (
                 bias(moved="bias + torch.where(loads > mean, -rate, rate)"),
                 "the expert that has it stays as it is",
@@ -1114,6 +1148,22 @@ def mixture(x, experts, weights, kept, networks):
             "nothing dropped": (
                 layer(y="mixture(tokens, experts, weights, torch.ones_like(kept), networks)"),
                 "nothing is dropped",
+            ),
+            "dropped tokens are worked on": (
+                layer(y="mixture(tokens, experts, weights * kept, torch.ones_like(kept), networks)"),
+                "it does not work on a dropped one",
+            ),
+            "the best of the queue": (
+                layer().replace(
+                    "    y =",
+                    "    order = weights[:, 0].argsort(descending=True)\n"
+                    "    kept = kept.index_copy(0, order, drops(experts[order], n, capacity)[0])\n    y =",
+                ),
+                "other tokens are dropped than should be",
+            ),
+            "router apart from x": (
+                layer(logits=LAYERED["logits"].replace("tokens.to", "tokens.detach().to")),
+                "the gradient that reaches x from it is not",
             ),
             "the probability twice": (layer(weights="p.gather(1, experts) ** 2"), "multiplied twice"),
             "a queue for each text": (
