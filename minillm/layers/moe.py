@@ -11,6 +11,7 @@ from minillm.layers.dispatch import einsum_dispatch, expert_capacity, kept_assig
 from minillm.layers.experts import Activation, Experts
 from minillm.layers.feed_forward import FeedForward, SwiGLU
 from minillm.layers.routers import Router, Routing, make_router
+from minillm.layers.routers.routing import assignments_per_expert
 
 _DISPATCHES = {"sorted": sorted_dispatch, "einsum": einsum_dispatch}
 
@@ -35,7 +36,7 @@ class MoERecord:
     @property
     def load(self) -> Tensor:
         """int64 (n_experts,): assignments that each expert worked on."""
-        return torch.bincount(self.routing.experts[self.kept], minlength=self.routing.n_experts)
+        return assignments_per_expert(self.routing.experts[self.kept], self.routing.n_experts)
 
 
 class MixtureOfExperts(nn.Module):

@@ -171,7 +171,9 @@ def test_blocks_can_be_recomputed():
     torch.testing.assert_close(gradient, expected)
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # of torch's own, where a graph goes on
+# Both are about what torch's compiler does itself, where a graph breaks and goes on.
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*instantiated:DeprecationWarning")
 def test_compiled_it_computes_the_same():
     model = Transformer(_config(MoEConfig(4, 2), n_layers=1))
     tokens = torch.randint(0, 29, (2, 9))

@@ -125,7 +125,9 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(moe, tmp_path):
         assert torch.equal(tensor, model.state_dict()[name]), name
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # of torch's own, where a graph goes on
+# Both are about what torch's compiler does itself, where a graph breaks and goes on.
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*instantiated:DeprecationWarning")
 def test_a_compiled_model_gives_the_same_losses():
     model = _model(MoEConfig(4, 2), n_layers=1)
     compiled = MixtureTraining(model, torch.compile(model, backend="eager"))
