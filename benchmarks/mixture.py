@@ -1,7 +1,7 @@
 """Why mixtures of experts: more parameters at equal compute, and what it takes to keep the experts at work.
 
-    python benchmarks/mixture.py --json FILE       all four experiments, three seeds: about an hour on one core
-    python benchmarks/mixture.py --quick           the same in small, two minutes: shows that it runs, no more
+    python benchmarks/mixture.py --json FILE       all four experiments, three seeds: 45 CPU-minutes, one thread
+    python benchmarks/mixture.py --quick           the same in small, a minute: shows that it runs, no more
 
 Small decoders on the sources of Python's standard library (documents of the validation side are never trained on). Like
 is compared with like: in one experiment all models see the same batches, with the same optimizer and schedule (that of
@@ -11,16 +11,18 @@ Vaswani et al. 2017, section 5.3, which does not depend on where training ends: 
                      uses one expert as large as the dense layer, or two of half the width: the operations a token costs
                      are equal but for the router's product, which is reported. The dense model is trained for twice as
                      many steps, to see how long it takes to catch up. The rate is its best one (learning_rates).
-    collapse         eight experts and no balance loss; the loss of Switch from the start; the same from half time on;
-                     no loss but a bias, as in DeepSeek-V3. At equal rates a router of this size hardly moves within so
-                     few steps, and nothing collapses. So it learns ten times as fast as the rest, in all of them.
+    collapse         eight experts, each with room for 1.25 times its share; no balance loss, that of Switch from the
+                     start, or from half time on. A router of this size moves little in so few steps, and does not
+                     collapse by itself. So here it begins undecided and learns 30 times as fast as the rest. At the
+                     "common rate" nothing is provoked; there no balance, the loss, and the bias of DeepSeek-V3 instead
+                     of a loss are compared.
     capacity         capacity factors against tokens dropped and validation loss.
     specialisation   one model on prose and code, half and half: what an expert's choice says of corpus and token.
 
 The file is written after every model; the same command goes on where an interrupted one stopped. Losses are nats per
 token of the same held-out windows. Its keys:
 
-    benchmark, torch, python, corpus, settings (of `Settings`, by name)
+    benchmark, torch, python, corpora, settings (of `Settings`, by name)
     held_out         {"tokens", "bytes_per_token"}: nats per token / (ln 2 * bytes_per_token) are bits per byte
     models           {"dense": {"parameters", "active_parameters", "flops_per_token" (forward), "overhead" (flops over
                      the dense model's, less one), "n_experts", "k", "d_ff"}, "4 experts": ...}
@@ -34,7 +36,8 @@ token of the same held-out windows. Its keys:
     capacity         a list: capacity_factor (null: dropless), seed, loss (with this factor in evaluation too),
                      loss_dropless (the same model evaluated without a limit), drop_rate (training, second half),
                      drop_rate_by_layer, drop_rate_evaluated
-    specialisation   a list: seed, loss (by corpus), layers (see `specialisation_of`), samples (see `sample`; by corpus)
+    specialisation   a list: n_layers, seed, loss (by corpus), layers (see `specialisation_of`), samples (by corpus, see
+                     `sample`)
     summary          means with the least and the greatest of the seeds; see `summarize`
 """
 
@@ -83,7 +86,10 @@ from minillm.tokenizers import ByteBPETokenizer
 PARTS = ("learning_rates", "equal_flops", "collapse", "capacity", "specialisation")
 CODE, PROSE = "python-stdlib", "python-docs"
 BALANCE = 0.01
-REGIMES = ("no balance", "loss", "loss from half time", "bias")
+REGIMES = (
+    "no balance", "loss", "loss from half time",
+    "no balance, common rate", "loss, common rate", "bias, common rate",
+)  # fmt: skip
 COMMON = 50
 CAPACITY_FACTORS = (0.5, 0.75, 1.0, 1.25, 2.0, None)
 Batch = tuple[Tensor, Tensor]
@@ -113,9 +119,9 @@ class Settings:
     n_watched: int = 100
     held_out_windows: int = 768
     n_experts: tuple[int, ...] = (4, 8, 16)
-    router_rate: float = 10.0  # of the collapse: the router's learning rate over that of the rest
+    router_rate: float = 30.0  # of the collapse: the router's learning rate over that of the rest
     collapse_router_std: float = 0.02
-    bias_rate: float = 0.01
+    bias_rate: float = 0.003
 
     def config(self, n_layers: int, moe: MoEConfig | None = None) -> TransformerConfig:
         return TransformerConfig(
@@ -204,7 +210,7 @@ def windows(settings: Settings, folder: Path) -> list[Batch]:
 
 
 def build(settings: Settings, config: TransformerConfig, seed: int, *, router_std: float | None = None) -> Transformer:
-    """A new model. Its routers begin decided: with 16 experts an undecided one multiplies their outputs by 1/16."""
+    """A new model; ``router_std`` is that of the routers' initial weights in place of the settings'."""
     torch.manual_seed(seed)
     model = Transformer(config)
     for mixture in model.mixtures():
@@ -301,24 +307,25 @@ def equal_flops_run(settings: Settings, name: str, seed: int, text: Text) -> dic
 
 
 def collapse_run(settings: Settings, regime: str, seed: int, text: Text) -> dict[str, Any]:
-    moe = switch(settings.n_experts[1], capacity_factor=1.25, balance_loss=BALANCE if regime == "loss" else 0.0)
-    if regime == "bias":
+    common, balance_loss = regime.endswith("common rate"), BALANCE if regime.startswith("loss") else 0.0
+    moe = switch(settings.n_experts[1], capacity_factor=1.25, balance_loss=balance_loss)
+    if regime.startswith("bias"):
         moe = replace(moe, router="sigmoid", router_options={"renormalise": False})
     config = settings.config(settings.n_layers, moe)
-    model = build(settings, config, seed, router_std=settings.collapse_router_std)
+    model = build(settings, config, seed, router_std=None if common else settings.collapse_router_std)
+    late = regime == "loss from half time"
+    set_balance(model, 0.0 if late else balance_loss)
     steps = settings.short_steps
     curve: dict[int, float] = {}
     watched: dict[int, list[RoutingStatistics]] = {}
-    for step, records in training(
-        settings, model, batches_of(settings, text, seed), steps, router_rate=settings.router_rate
-    ):
+    router_rate = 1.0 if common else settings.router_rate
+    for step, records in training(settings, model, batches_of(settings, text, seed), steps, router_rate=router_rate):
         if step == 1 or step % (steps // settings.n_watched) == 0:
             watched[step] = [routing_statistics(record) for record in records]
         if step % (steps // settings.n_evaluations) == 0 or step == steps:
             curve[step], _ = evaluate(model, text.held_out)
-        if regime == "loss from half time" and step == steps // 2:
-            for mixture in model.mixtures():
-                mixture.router.balance_loss = BALANCE
+        if late and step == steps // 2:
+            set_balance(model, balance_loss)
     by_layer = list(zip(*watched.values(), strict=True))
     return {
         "regime": regime,
@@ -332,6 +339,11 @@ def collapse_run(settings: Settings, regime: str, seed: int, text: Text) -> dict
         "entropy": [[round(seen.entropy, 4) for seen in layer] for layer in by_layer],
         "drop_rate": [[round(seen.drop_rate, 5) for seen in layer] for layer in by_layer],
     }
+
+
+def set_balance(model: Transformer, coefficient: float) -> None:
+    for mixture in model.mixtures():
+        mixture.router.balance_loss = coefficient
 
 
 def capacity_run(settings: Settings, factor: float | None, seed: int, text: Text) -> dict[str, Any]:
