@@ -155,12 +155,14 @@ def _steps(
                 cache = None
             fed = begin if cache is None else cache.length
             with torch.inference_mode():
-                positions = mask = None
+                positions = mask = token_mask = None
                 if max(padding) > begin:
                     start = first.clamp(min=begin)
                     positions = (columns[fed:end] - start).clamp(min=0)  # padding's own position does not matter
                     mask = (columns[begin:end] >= start)[:, None, None, :]
-                logits = model(tokens[:, fed:end], cache=cache, positions=positions, mask=mask, last_only=True)
+                    token_mask = columns[fed:end] >= start
+                given = {"positions": positions, "mask": mask, "token_mask": token_mask}
+                logits = model(tokens[:, fed:end], cache=cache, last_only=True, **given)
                 drawn = sample(logits[:, -1], temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
                 tokens[:, end] = drawn
             yield drawn

@@ -38,6 +38,8 @@ class Experts(nn.Module):
                 raise TypeError(f"{name} must be an integer, got {value!r}")
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if not isinstance(bias, bool):
+            raise TypeError(f"bias must be True or False, got {bias!r}")
         if activation not in get_args(Activation):
             raise ValueError(f"activation must be one of {', '.join(get_args(Activation))}, got {activation!r}")
         self.d_model, self.d_ff, self.n_experts, self.activation = d_model, d_ff, n_experts, activation
@@ -120,8 +122,8 @@ class Experts(nn.Module):
         """A product and its gradients are one kernel each for all experts, and the counts stay on the device."""
         ends = counts.cumsum(0)
         row = torch.arange(rows.size(0), device=rows.device)
-        # The kernel leaves rows of nobody unwritten, in the backward pass too. Whatever was in that memory is kept out of
-        # the results, of the gradient of rows and, by a bias that only these rows use, of the biases' gradients.
+        # The kernel leaves rows of nobody unwritten, in the backward pass too. Whatever was in that memory is kept out
+        # of the results, of the gradient of rows and, by a bias that only these rows use, of the biases' gradients.
         expert = torch.searchsorted(ends, row, right=True)  # n_experts for rows of nobody
         nobody = (expert == self.n_experts).unsqueeze(1)
         offsets = ends.to(torch.int32)

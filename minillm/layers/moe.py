@@ -11,7 +11,6 @@ from minillm.layers.dispatch import einsum_dispatch, expert_capacity, kept_assig
 from minillm.layers.experts import Activation, Experts
 from minillm.layers.feed_forward import FeedForward, SwiGLU
 from minillm.layers.routers import Router, Routing, make_router
-from minillm.layers.routers.routing import assignments_per_expert
 
 _DISPATCHES = {"sorted": sorted_dispatch, "einsum": einsum_dispatch}
 
@@ -36,7 +35,8 @@ class MoERecord:
     @property
     def load(self) -> Tensor:
         """int64 (n_experts,): assignments that each expert worked on."""
-        return assignments_per_expert(self.routing.experts[self.kept], self.routing.n_experts)
+        experts = self.routing.experts
+        return experts.new_zeros(self.routing.n_experts).index_add(0, experts, self.kept.to(torch.int64))
 
 
 class MixtureOfExperts(nn.Module):
@@ -82,6 +82,8 @@ class MixtureOfExperts(nn.Module):
     ) -> None:
         super().__init__()
         self.router = make_router(router, d_model, n_experts, k) if isinstance(router, str) else router
+        if not isinstance(self.router, Router):
+            raise TypeError(f"router must be a name or a Router, got {router!r}")
         sizes = (self.router.d_model, self.router.n_experts, self.router.k)
         if sizes != (d_model, n_experts, k):
             raise ValueError(f"router must be one for (d_model, n_experts, k) = {(d_model, n_experts, k)}, got {sizes}")

@@ -66,9 +66,13 @@ class TransformerBlock(nn.Module):
         causal: bool = True,
         attend: Attend = scaled_dot_product_attention,
         cache: LayerKVCache | None = None,
+        token_mask: Tensor | None = None,
         return_record: bool = False,
     ) -> Tensor | tuple[Tensor, MoERecord | None]:
-        """The block's output; with ``return_record`` also what its experts did (None if it has none)."""
+        """The block's output; with ``return_record`` also what its experts did (None if it has none).
+
+        token_mask: bool (batch, seq), False for padding, which no expert is to take.
+        """
         attended = self.attention(
             self.attention_norm(x),
             rotation=rotation,
@@ -79,8 +83,10 @@ class TransformerBlock(nn.Module):
             cache=cache,
         )
         x = x + self.dropout(attended)
-        out, record = self.feed_forward(self.feed_forward_norm(x)), None
+        record = None
         if isinstance(self.feed_forward, MixtureOfExperts):
-            out, record = out
+            out, record = self.feed_forward(self.feed_forward_norm(x), token_mask=token_mask)
+        else:
+            out = self.feed_forward(self.feed_forward_norm(x))
         out = x + self.dropout(out)
         return (out, record) if return_record else out

@@ -161,8 +161,10 @@ def _build(
     device: torch.device | str | None,
 ) -> Transformer:
     """Make the model and fill it from the foreign tensors ``names``, which ``get`` fetches one at a time."""
-    if config.n_layers > len(names):  # said before anything of that size is made
-        raise ValueError(f"the config has {config.n_layers} layers, but the weights are only {len(names)} tensors")
+    # Said before anything of that size is made.
+    for what, number in (("layers", config.n_layers), ("experts", 0 if config.moe is None else config.moe.n_experts)):
+        if number > len(names):
+            raise ValueError(f"the config has {number} {what}, but the weights are only {len(names)} tensors")
     foreign = {name.removeprefix(layout.prefix): name for name in names}
     sources = layout.sources(config)
     expected = {name for source in sources.values() for name in source.names}

@@ -4,6 +4,7 @@ Its files hold each expert's matrices by themselves, ``w1`` (gate), ``w3`` (up) 
 transformers 5 has one tensor of all gates and ups and one of all downs: :func:`_split` and :func:`_fuse` are between.
 """
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minillm.layers.routers import TopKRouter
 from minillm.models.config import TransformerConfig
 from minillm.models.huggingface_layout import Layout, Source, get, require, require_fields
 from minillm.models.huggingface_llama import LLAMA, decoder_fields
@@ -42,11 +44,13 @@ def _write_mixtral(config: TransformerConfig) -> dict[str, Any]:
     moe = config.moe
     if moe is None or not all(map(config.has_experts, range(config.n_layers))):
         raise ValueError(f"Hugging Face's Mixtral layout needs moe with experts in every layer, got {moe}")
+    said = dataclasses.replace(
+        moe, z_loss=None if moe.z_loss == 0.0 else moe.z_loss, d_ff=None if moe.d_ff == config.d_ff else moe.d_ff
+    )  # what is said though it is usual is no hindrance
     require_fields(
-        "Mixtral", moe, router="softmax", router_options={}, z_loss=None, d_ff=None, n_shared_experts=0,
+        "Mixtral", said, router="softmax", router_options={}, z_loss=None, d_ff=None, n_shared_experts=0,
         capacity_factor=None, eval_capacity_factor=None,
     )  # fmt: skip
-    balance_loss = {} if moe.balance_loss is None else {"router_aux_loss_coef": moe.balance_loss}
     return {
         "model_type": "mixtral",
         **fields,
@@ -54,7 +58,7 @@ def _write_mixtral(config: TransformerConfig) -> dict[str, Any]:
         "num_local_experts": moe.n_experts,
         "num_experts_per_tok": moe.k,
         "router_jitter_noise": 0.0,
-        **balance_loss,
+        "router_aux_loss_coef": TopKRouter(1, moe.n_experts, moe.k, **moe.options).balance_loss,
     }
 
 

@@ -46,7 +46,12 @@ class MoEConfig:
             if not layers or min(layers) < 0 or len(set(layers)) < len(layers):
                 raise ValueError(f"layers must be different numbers of at least 0, got {self.layers!r}")
             object.__setattr__(self, "layers", tuple(sorted(layers)))
+        if not isinstance(self.router_options, Mapping):
+            raise TypeError(f"router_options must be a dict, got {self.router_options!r}")
         object.__setattr__(self, "router_options", dict(self.router_options))
+        fields = sorted({entry.name for entry in dataclasses.fields(self)} & set(self.router_options))
+        if fields:
+            raise ValueError(f"router_options must not hold {', '.join(fields)}: give them as fields")
         with torch.device("meta"):  # takes no memory; what the layer refuses is refused here already
             self.layer(1, 1, activation="gelu", bias=False)
 
@@ -57,7 +62,7 @@ class MoEConfig:
             d_ff if self.d_ff is None else self.d_ff,
             self.n_experts,
             self.k,
-            router=make_router(self.router, d_model, self.n_experts, self.k, **self._options()),
+            router=make_router(self.router, d_model, self.n_experts, self.k, **self.options),
             capacity_factor=self.capacity_factor,
             eval_capacity_factor=self.eval_capacity_factor,
             activation=activation,
@@ -65,9 +70,12 @@ class MoEConfig:
             n_shared_experts=self.n_shared_experts,
         )
 
-    def _options(self) -> dict[str, Any]:
-        given = {"balance_loss": self.balance_loss, "z_loss": self.z_loss}
-        return {name: value for name, value in given.items() if value is not None} | dict(self.router_options)
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments of the router."""
+        fields = {"balance_loss": self.balance_loss, "z_loss": self.z_loss}
+        given = {name: value for name, value in fields.items() if value is not None}
+        return given | dict(self.router_options)
 
 
 def moe_config_from_dict(fields: Mapping[str, Any]) -> MoEConfig:

@@ -65,9 +65,7 @@ PRESETS: Mapping[str, TransformerConfig] = MappingProxyType(
         "llama-3.2-3b": _LLAMA_3_2.replace(d_model=3072, n_layers=28, n_heads=24),
         "mistral-7b": _LLAMA_2.replace(context_length=32768, n_kv_heads=8, d_ff=14336, window=4096),
         "mixtral-8x7b": _MIXTRAL,
-        "mixtral-8x22b": _MIXTRAL.replace(
-            vocab_size=32768, context_length=65536, d_model=6144, n_layers=56, n_heads=48, d_ff=16384
-        ),
+        "mixtral-8x22b": _MIXTRAL.replace(context_length=65536, d_model=6144, n_layers=56, n_heads=48, d_ff=16384),
         "tinyllama-1.1b": _LLAMA_2.replace(context_length=2048, d_model=2048, n_layers=22, n_kv_heads=4, d_ff=5632),
         "smollm2-135m": _LLAMA_2.replace(
             vocab_size=49152, context_length=8192, d_model=576, n_layers=30, n_heads=9, n_kv_heads=3, d_ff=1536,

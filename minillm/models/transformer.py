@@ -19,6 +19,7 @@ from minillm.layers.positions import (
     RotaryEmbedding,
     SinusoidalPositions,
 )
+from minillm.layers.routers import NoisyTopKRouter
 from minillm.layers.scaled_dot_product import causal_mask
 from minillm.layers.sparse_attention import block_sparse_attention
 from minillm.layers.sparse_patterns import causal as causal_pattern
@@ -76,9 +77,12 @@ class Transformer(nn.Module):
     def _initialize(self) -> None:
         std = self.config.initializer_std
         residual_std = std / math.sqrt(2 * self.config.n_layers)
+        # A noisy router begins with zeros: with equal loads.
+        noisy = (mixture.router for mixture in self.mixtures() if isinstance(mixture.router, NoisyTopKRouter))
+        own = {parameter for router in noisy for parameter in router.parameters()}
         for name, parameter in self.named_parameters():
-            if ".router." in name and not name.endswith("router.weight"):
-                continue  # what a router has beside its scores begins as the router says
+            if parameter in own:
+                continue
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
             elif name.endswith(("attention.output.weight", ".down.weight", ".experts.down")):
@@ -93,6 +97,7 @@ class Transformer(nn.Module):
         cache: KVCache | None = None,
         positions: Tensor | None = None,
         mask: Tensor | None = None,
+        token_mask: Tensor | None = None,
         last_only: bool = False,
         return_records: bool = False,
     ) -> Tensor | tuple[Tensor, list[MoERecord]]:
@@ -106,6 +111,8 @@ class Transformer(nn.Module):
                 Schemes of distance (alibi, t5, shaw) and the window count columns: the same in a row without gaps.
             mask: boolean, True where a token may look, beside causality; broadcasts to (batch, n_heads, seq, keys)
                 where keys counts all tokens before these too, those that a rolling cache has forgotten among them.
+            token_mask: bool (batch, seq), False for padding: experts do not take it, so that it takes nobody's room and
+                counts in no loss. That other tokens do not look at it is for ``mask`` to say.
             last_only: score the last place only, (batch, 1, vocab_size): what generation needs.
             return_records: give also what each layer of experts did, the first layer first. Their ``losses`` belong in
                 the training loss (:class:`minillm.training.Trainer` sees to it).
@@ -119,7 +126,8 @@ class Transformer(nn.Module):
         x, sight = self._embed(tokens, cache, positions, mask)
         records: list[MoERecord] = []
         for index, block in enumerate(self.blocks):
-            x, record = block(x, **sight, cache=None if cache is None else cache.layers[index], return_record=True)
+            layer_cache = None if cache is None else cache.layers[index]
+            x, record = block(x, **sight, cache=layer_cache, token_mask=token_mask, return_record=True)
             if record is not None:
                 records.append(record)
         if last_only:

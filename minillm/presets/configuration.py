@@ -100,6 +100,9 @@ def _set(configuration: Configuration, section: str, key: str, value: Any) -> No
     sections = allowed_keys()
     if section not in sections:
         raise ValueError(f"unknown section {section!r}{_closest(section, sections)}: allowed are {', '.join(sections)}")
+    if value is None and any(known.startswith(f"{key}.") for known in sections[section]):
+        configuration[section][key] = None  # a table that a preset has and this run has not
+        return
     if key not in sections[section]:
         raise ValueError(
             f"unknown key {key!r} in [{section}]{_closest(key, sections[section])}: "
@@ -108,7 +111,7 @@ def _set(configuration: Configuration, section: str, key: str, value: Any) -> No
     typed = _typed(f"{section}.{key}", value, sections[section][key])
     outer, _, inner = key.rpartition(".")
     if outer:
-        configuration[section][outer] = configuration[section].get(outer, {}) | {inner: typed}
+        configuration[section][outer] = (configuration[section].get(outer) or {}) | {inner: typed}
     else:
         configuration[section][key] = typed
 
@@ -139,7 +142,10 @@ def _described(choice: Any) -> str:
     if typing.get_origin(choice) is typing.Literal:
         return "one of " + ", ".join(repr(value) for value in typing.get_args(choice))
     words = {str: "a string", bool: "true or false", int: "a whole number", float: "a number", types.NoneType: '"none"'}
-    return words.get(choice, str(choice))
+    if typing.get_origin(choice) is tuple:
+        parts = [_described(part) for part in typing.get_args(choice) if part is not ...]
+        return f"a list: {', '.join(parts)}" + (", ..." if ... in typing.get_args(choice) else "")
+    return "a table" if typing.get_origin(choice) is Mapping else words.get(choice, str(choice))
 
 
 def _fields(config: type) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -21,16 +22,26 @@ class MixtureTraining:
     one.
 
     Args:
-        model: a `minillm.models.Transformer`, or any module, which then has no experts to care for.
+        model: a `minillm.models.Transformer`, or any module. Of another module's experts nothing is known here: it gets
+            a warning.
         forward: calls the model, perhaps compiled.
     """
 
     def __init__(self, model: nn.Module, forward: Callable[..., Any]) -> None:
         self._forward = forward
         self._mixtures: list[MixtureOfExperts] = model.mixtures() if isinstance(model, Transformer) else []
+        unseen = sum(isinstance(module, MixtureOfExperts) for module in model.modules())
+        if unseen and not self._mixtures:
+            text = f"the model's {unseen} layers of experts train without their losses and biases: it is no Transformer"
+            warnings.warn(text, stacklevel=3)
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget what was gathered."""
         self._assigned: list[Tensor] = []  # of this update, by layer
-        self._worked: list[Tensor] = []  # since the last reading, by layer
-        self._seen: list[Tensor] = []  # assignments before any was dropped
+        self._seen: list[Tensor] = []  # since the last reading, by layer
+        self._worked: list[Tensor] = []  # those of them that were not dropped
+        self._tokens: list[Tensor] = []  # (tokens, tokens that no expert worked on)
         self._added: list[Tensor] = []
 
     def forward(self, tokens: Tensor) -> Tensor | tuple[Tensor, Tensor]:
@@ -49,13 +60,18 @@ class MixtureTraining:
         worked = [record.load for record in records]
         self._assigned = _plus(self._assigned, assigned)
         self._seen, self._worked = _plus(self._seen, assigned), _plus(self._worked, worked)
+        self._tokens = _plus(self._tokens, [_tokens_without_expert(record) for record in records])
         self._added.append(added)
 
     def after_update(self) -> None:
-        """Move the biases of the routers that have them, by the load of this update."""
+        """Move the biases of the routers that have them, by the load of this update: of all layers that share one."""
+        loads: dict[SigmoidRouter, Tensor] = {}
         for mixture, assigned in zip(self._mixtures, self._assigned, strict=False):
-            if isinstance(mixture.router, SigmoidRouter):
-                mixture.router.update_bias(assigned)
+            router = mixture.router
+            if isinstance(router, SigmoidRouter):
+                loads[router] = loads[router] + assigned if router in loads else assigned
+        for router, assigned in loads.items():
+            router.update_bias(assigned)
         self._assigned = []
 
     def read(self) -> dict[str, float]:
@@ -64,17 +80,31 @@ class MixtureTraining:
         - router_loss: the mean of what was added to the loss.
         - load_imbalance: the largest load of an expert over the mean, in the layer where that is worst; 1 is even.
         - drop_rate: the fraction of assignments for which there was no room.
+        - unserved: the fraction of tokens that no expert worked on, in the layer where that is worst: all their choices
+          were dropped, or, in expert choice, nobody chose them.
         """
         if not self._added:
             return {}
-        assigned, worked = torch.stack(self._seen), torch.stack(self._worked)  # (n_layers, n_experts)
-        figures = {
-            "router_loss": torch.stack(self._added).mean().item(),
-            "load_imbalance": (assigned.amax(1) / assigned.float().mean(1).clamp(min=1e-9)).max().item(),
-            "drop_rate": 1.0 - worked.sum().item() / max(assigned.sum().item(), 1),
-        }
-        self._seen, self._worked, self._added = [], [], []
-        return figures
+        shares = torch.stack([seen.max() / seen.float().mean().clamp(min=1e-9) for seen in self._seen])
+        assigned, worked = sum(seen.sum() for seen in self._seen), sum(load.sum() for load in self._worked)
+        tokens, unserved = torch.stack(self._tokens).unbind(1)  # (n_layers,) each
+        figures = torch.stack(
+            [
+                torch.stack(self._added).mean().double(),
+                shares.max().double(),
+                1.0 - worked / torch.as_tensor(assigned).double().clamp(min=1),
+                (unserved / tokens.double().clamp(min=1)).max(),
+            ]
+        )
+        self._seen, self._worked, self._tokens, self._added = [], [], [], []
+        return dict(zip(("router_loss", "load_imbalance", "drop_rate", "unserved"), figures.tolist(), strict=True))
+
+
+def _tokens_without_expert(record: MoERecord) -> Tensor:
+    """int64 (2,): how many tokens were routed, and how many of them no expert worked on."""
+    n_tokens = record.routing.n_tokens
+    worked = record.kept.new_zeros(n_tokens, dtype=torch.int64).index_add(0, record.routing.tokens, record.kept.long())
+    return torch.stack([torch.full_like(worked.sum(), n_tokens), (worked == 0).sum()])
 
 
 def _plus(sums: list[Tensor], numbers: list[Tensor]) -> list[Tensor]:

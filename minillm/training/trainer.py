@@ -205,6 +205,7 @@ class Trainer:
             self.train_data.load_state_dict(checkpoint.data)
         self.step, self._saved, self._checkpoint = checkpoint.step, checkpoint.step, checkpoint.path
         self._statistics = StepStatistics(self.device)  # a checkpoint follows a reading: nothing was gathered since
+        self._mixtures.restart()
         remove_old_checkpoints(checkpoint.path.parent, self.step, self.config.keep_checkpoints)
         self._report.tokens, self._report.seconds = checkpoint.config["tokens"], checkpoint.config["seconds"]
         changes = self.config.changed_updates(checkpoint.config["training"])

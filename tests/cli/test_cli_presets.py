@@ -54,6 +54,9 @@ def test_experts_are_a_table(tmp_path: Path) -> None:
     expected = MoEConfig(4, 1, layers=(0, 2), capacity_factor=1.0, router_options={"jitter": 0.1})
     assert config.moe == expected
     assert "k" not in preset["model"]["moe"]  # the preset itself is as it was
+    name, value = parse_assignment("model.moe=none")
+    assert override(preset, {name: value})["model"]["moe"] is None
+    assert override(override(preset, {name: value}), {"model.moe.n_experts": 2})["model"]["moe"] == {"n_experts": 2}
     for text, words in (
         ("[model.moe]\nexperts = 4\n", r"unknown key 'moe.experts' in \[model\] \(did you mean 'moe.n_experts'\?\)"),
         ("[model.moe]\n", r"unknown key 'moe' in \[model\]"),
@@ -64,6 +67,10 @@ def test_experts_are_a_table(tmp_path: Path) -> None:
             load_preset(str(file))
     with pytest.raises(TypeError, match=r"model.moe.layers\[1\] must be a whole number, got 'b'"):
         override(preset, {"model.moe.layers": [1, "b"]})
+    with pytest.raises(TypeError, match=r'model.moe.layers must be a list: a whole number, ... or "none", got 3'):
+        override(preset, {"model.moe.layers": 3})
+    with pytest.raises(TypeError, match=r"model.moe.router_options must be a table, got 3"):
+        override(preset, {"model.moe.router_options": 3})
 
 
 @pytest.mark.parametrize(

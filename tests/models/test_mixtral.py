@@ -19,6 +19,9 @@ from minillm.models import MoEConfig, Transformer, TransformerConfig, huggingfac
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
+_CONFIG = {"vocab_size": 9, "d_model": 16, "n_layers": 2, "positions": "rope", "norm": "rmsnorm"}
+_CONFIG |= {"activation": "swiglu", "bias": False}
+
 
 def _mixtral(**changes) -> MixtralForCausalLM:
     small = {"vocab_size": 37, "max_position_embeddings": 16, "hidden_size": 16, "intermediate_size": 20}
@@ -109,6 +112,26 @@ def test_folders_go_both_ways(tied, tmp_path):
     assert loaded[0].config.moe == MoEConfig(4, 2, balance_loss=0.001)
 
 
+def test_what_is_left_to_the_defaults_comes_back_as_it_was(tmp_path):
+    """Our balance coefficient is 0.01 where none is given, theirs 0.001; a width or a loss may be said or left out."""
+    config = TransformerConfig(**_CONFIG, moe=MoEConfig(4, 2))
+    assert huggingface.load(huggingface.save(Transformer(config), tmp_path)).config.moe == MoEConfig(
+        4, 2, balance_loss=0.01
+    )
+    said = config.replace(moe=MoEConfig(4, 2, d_ff=config.d_ff, z_loss=0.0, balance_loss=0.5))
+    assert huggingface.load(huggingface.save(Transformer(said), tmp_path)).config.moe == MoEConfig(
+        4, 2, balance_loss=0.5
+    )
+
+
+def test_a_config_of_a_million_experts_is_refused_at_once(tmp_path):
+    _mixtral().save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text()) | {"num_local_experts": 10**7}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match=r"the config has 10000000 experts, but the weights are only .* tensors"):
+        huggingface.load(tmp_path)
+
+
 @pytest.mark.parametrize("left_out", [[], ["rope_parameters", "rms_norm_eps"], ["num_local_experts", "sliding_window"]])
 def test_config_files_mean_what_they_mean_to_transformers(left_out, tmp_path):
     theirs = _mixtral(num_local_experts=8, num_key_value_heads=2, rms_norm_eps=1e-5)
@@ -139,12 +162,7 @@ def test_presets_are_the_same_shape_in_transformers(name):
     with torch.device("meta"):
         theirs = huggingface.to_transformers(Transformer(config))
     assert sum(p.numel() for p in theirs.parameters()) == parameters(config)
-    if name == "mixtral-8x7b":
-        assert huggingface.from_transformers(theirs).config == config
-
-
-_CONFIG = {"vocab_size": 9, "d_model": 16, "n_layers": 2, "positions": "rope", "norm": "rmsnorm"}
-_CONFIG |= {"activation": "swiglu", "bias": False}
+    assert huggingface.from_transformers(theirs).config == config
 
 
 @pytest.mark.parametrize(
@@ -153,6 +171,7 @@ _CONFIG |= {"activation": "swiglu", "bias": False}
         ({"moe": MoEConfig(4, 2, layers=(1,))}, "needs moe with experts in every layer, got MoEConfig"),
         ({"moe": MoEConfig(4, 1, router="switch")}, r"Mixtral layout needs router='softmax' \(got 'switch'\)"),
         ({"moe": MoEConfig(4, capacity_factor=1.0)}, r"needs capacity_factor=None \(got 1.0\)"),
+        ({"moe": MoEConfig(4, z_loss=0.1)}, r"needs z_loss=None \(got 0.1\)"),
         ({"moe": MoEConfig(4, n_shared_experts=1, d_ff=8)}, r"needs d_ff=None \(got 8\), n_shared_experts=0 \(got 1\)"),
         ({"moe": MoEConfig(4, router_options={"renormalise": False})}, r"needs router_options=\{\}"),
         ({"moe": MoEConfig(4), "activation": "gelu"}, r"Mixtral layout needs activation='swiglu' \(got 'gelu'\)"),

@@ -82,10 +82,46 @@ def test_metrics_tell_of_the_experts_and_only_where_there_are_some(tmp_path):
     for line in lines:
         assert 0.015 < line["router_loss"] <= 0.08  # about 0.01 a layer when balanced, 0.04 when one expert has all
         assert 1.0 <= line["load_imbalance"] <= 4.0
+        assert line["unserved"] == pytest.approx(line["drop_rate"], abs=0.3)  # of the worst layer, of both layers
         assert 0.2 <= line["drop_rate"] < 0.9  # a half and more, but room is rounded up
     dense = Trainer(_model(None), Batches(), Batches(), _settings(), progress=False)
     dense.train()
-    assert not {"router_loss", "load_imbalance", "drop_rate"} & set(dense.history[-1])
+    assert not {"router_loss", "load_imbalance", "drop_rate", "unserved"} & set(dense.history[-1])
+
+
+def test_tokens_that_nobody_chose_are_told():
+    model = _model(MoEConfig(4, 1, router="expert_choice"))
+    mixtures = MixtureTraining(model, model)
+    mixtures.forward(Batches().next_batch()[0])
+    records = model(Batches().next_batch()[0], return_records=True)[1]
+    expected = max(1 - len(set(record.routing.tokens.tolist())) / 24 for record in records)
+    figures = mixtures.read()
+    assert figures["drop_rate"] == 0.0
+    assert figures["unserved"] == pytest.approx(expected)
+    assert expected > 0
+
+
+def test_layers_of_different_sizes_and_shared_layers():
+    model = _model(MoEConfig(4, 2, router="sigmoid"))
+    model.blocks[1].feed_forward = MoEConfig(3, 1, router="switch").layer(16, 8, activation="gelu", bias=False)
+    mixtures = MixtureTraining(model, model)
+    mixtures.forward(Batches().next_batch()[0])
+    assert mixtures.read()["load_imbalance"] >= 1.0
+
+    model = _model(MoEConfig(4, 2, router="sigmoid", router_options={"bias_rate": 0.5}))
+    model.blocks[1].feed_forward = model.blocks[0].feed_forward  # one layer in two places: one update by both loads
+    mixtures = MixtureTraining(model, model)
+    tokens = Batches().next_batch()[0]
+    load = sum(record.routing.assigned for record in model(tokens, return_records=True)[1])
+    mixtures.forward(tokens)
+    mixtures.after_update()
+    torch.testing.assert_close(model.mixtures()[0].router.bias, 0.5 * (load.float().mean() - load).sign())
+
+
+def test_experts_that_the_trainer_cannot_see_are_said():
+    wrapped = torch.nn.Sequential(_model(MoEConfig(4, 2)))
+    with pytest.warns(UserWarning, match="2 layers of experts train without their losses and biases"):
+        Trainer(wrapped, Batches(), None, _settings(), progress=False)
 
 
 def test_biases_move_once_an_update_by_the_load_of_all_its_batches():
@@ -105,22 +141,38 @@ def test_biases_move_once_an_update_by_the_load_of_all_its_batches():
     assert not any(mixture.router.bias.any() for mixture in before.mixtures())
 
 
-def _stop_after(trainer, step):
-    if trainer.step == step:
+def _stop_at(calls, number):
+    calls.append(None)
+    if len(calls) == number:
         raise RuntimeError("stopped here")
 
 
 @pytest.mark.parametrize("moe", [MoEConfig(4, 2, router="sigmoid"), MoEConfig(4, 2, router="noisy_top_k")])
-def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(moe, tmp_path):
+@pytest.mark.parametrize("same_trainer", [True, False])
+def test_a_run_that_was_stopped_in_a_step_ends_as_if_it_had_not_been(moe, same_trainer, tmp_path):
+    settings = _settings(max_steps=6, checkpoint_every=3, gradient_accumulation_steps=2)
     whole = _model(moe)
-    Trainer(whole, Batches(), None, _settings(max_steps=6), folder=tmp_path / "whole", progress=False).train()
-    settings = _settings(max_steps=6, checkpoint_every=3)
+    Trainer(whole, Batches(), None, settings, folder=tmp_path / "whole", progress=False).train()
     broken = Trainer(_model(moe), Batches(), None, settings, folder=tmp_path / "parts", progress=False)
-    broken.model.register_forward_pre_hook(lambda module, inputs: _stop_after(broken, 4))
+    calls = []
+    hook = broken.model.register_forward_pre_hook(lambda module, inputs: _stop_at(calls, 10))
     with pytest.raises(RuntimeError, match="stopped here"):
         broken.train()
-    model = _model(moe)
-    Trainer(model, Batches(), None, settings, folder=tmp_path / "parts", progress=False).train()
+    if same_trainer:
+        hook.remove()
+        model = broken.model
+        broken.train()
+    else:
+        model = _model(moe)
+        Trainer(model, Batches(), None, settings, folder=tmp_path / "parts", progress=False).train()
+    figures = [
+        [
+            line["load_imbalance"]
+            for line in map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
+        ]
+        for name in ("whole", "parts")
+    ]
+    assert figures[0] == figures[1]
     for name, tensor in whole.state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name]), name
 

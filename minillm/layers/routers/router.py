@@ -101,7 +101,13 @@ class Router(nn.Module):
 
     def route(self, logits: Tensor, x: Tensor) -> Routing:
         """What to do with ``logits``; ``x`` is there for routers that look at the token a second time."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no route: take a router that has one, such as TopKRouter")
+
+
+def require_switch(name: str, value: bool) -> None:
+    """TypeError naming an argument that is neither True nor False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
 def _refuse_unless_finite(logits: Tensor) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from minillm.layers.routers.losses import load_balancing_loss, router_z_loss
-from minillm.layers.routers.router import Router
+from minillm.layers.routers.router import Router, require_switch
 from minillm.layers.routers.routing import Routing
 
 
@@ -56,6 +56,7 @@ class SigmoidRouter(Router):
         z_loss: float = 0.0,
     ) -> None:
         super().__init__(d_model, n_experts, k, balance_loss=balance_loss, z_loss=z_loss)
+        require_switch("renormalise", renormalise)
         if not isinstance(scaling, int | float) or isinstance(scaling, bool):
             raise TypeError(f"scaling must be a number, got {scaling!r}")
         if not 0.0 < scaling < math.inf:
@@ -76,7 +77,8 @@ class SigmoidRouter(Router):
             )
         self.scaling, self.renormalise, self.bias_rate = scaling, renormalise, bias_rate
         self.n_groups, self.groups_per_token = n_groups, groups_per_token
-        self.register_buffer("bias", torch.zeros(n_experts))
+        exact = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        self.register_buffer("bias", torch.zeros(n_experts, dtype=exact))
 
     def route(self, logits: Tensor, x: Tensor) -> Routing:
         affinities = logits.sigmoid()

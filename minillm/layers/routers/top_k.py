@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from minillm.layers.routers.router import Router
+from minillm.layers.routers.router import Router, require_switch
 from minillm.layers.routers.routing import Routing
 
 
@@ -31,6 +31,7 @@ class TopKRouter(Router):
         jitter: float = 0.0,
     ) -> None:
         super().__init__(d_model, n_experts, k, balance_loss=balance_loss, z_loss=z_loss, jitter=jitter)
+        require_switch("renormalise", renormalise)
         self.renormalise = renormalise
 
     def route(self, logits: Tensor, x: Tensor) -> Routing:
