@@ -1,7 +1,7 @@
 """Why mixtures of experts: more parameters at equal compute, and what it takes to keep the experts at work.
 
     python benchmarks/mixture.py --json FILE       all four experiments, three seeds: 45 CPU-minutes, one thread
-    python benchmarks/mixture.py --quick           the same in small, a minute: shows that it runs, no more
+    python benchmarks/mixture.py --quick           the same in small, half a minute: shows that it runs, no more
 
 Small decoders on the sources of Python's standard library (documents of the validation side are never trained on). Like
 is compared with like: in one experiment all models see the same batches, with the same optimizer and schedule (that of
@@ -10,10 +10,10 @@ Vaswani et al. 2017, section 5.3, which does not depend on where training ends: 
     equal_flops      a dense model against 4, 8 and 16 experts in every layer (Fedus et al. 2022, figure 1). A token
                      uses one expert as large as the dense layer, or two of half the width: the operations a token costs
                      are equal but for the router's product, which is reported. The dense model is trained for twice as
-                     many steps, to see how long it takes to catch up. The rate is its best one (learning_rates).
+                     many steps, to see how long it takes to catch up. Half and twice the rate: learning_rates.
     collapse         eight experts, each with room for 1.25 times its share; no balance loss, that of Switch from the
                      start, or from half time on. A router of this size moves little in so few steps, and does not
-                     collapse by itself. So here it begins undecided and learns 30 times as fast as the rest. At the
+                     collapse by itself. So here it begins undecided and learns 10 times as fast as the rest. At the
                      "common rate" nothing is provoked; there no balance, the loss, and the bias of DeepSeek-V3 instead
                      of a loss are compared.
     capacity         capacity factors against tokens dropped and validation loss.
@@ -116,10 +116,10 @@ class Settings:
     short_steps: int = 800
     deep_steps: int = 2000
     n_evaluations: int = 16
-    n_watched: int = 100
+    n_watched: int = 50
     held_out_windows: int = 768
     n_experts: tuple[int, ...] = (4, 8, 16)
-    router_rate: float = 30.0  # of the collapse: the router's learning rate over that of the rest
+    router_rate: float = 10.0  # of the collapse: the router's learning rate over that of the rest
     collapse_router_std: float = 0.02
     bias_rate: float = 0.003
 
@@ -458,10 +458,12 @@ def summarize(settings: Settings, result: dict[str, Any]) -> dict[str, Any]:
     """Over the seeds, [mean, least, greatest]:
 
     equal_flops      by model: loss; standard_deviation of it; over_dense (its loss less the dense one's of the same
-                     seed, which had the same batches); curve {step: ...}; dense_steps (the step at which the dense
-                     model of the same seed reaches this loss, over this model's steps; null where one of them does not
-                     within twice as many)
-    collapse         by regime: loss; max_over_mean, entropy and drop_rate (worst layer, last tenth of the training)
+                     seed, which had the same batches); curve {step: ...}; speed_up (the common number of steps over
+                     those after which this model has the loss that the dense one of the same seed ends with; Fedus et
+                     al. 2022, figure 1); dense_steps (steps after which the dense one has this model's loss, over the
+                     common number; null where one of them does not within twice as many)
+    collapse         by regime: loss; max_over_mean, entropy and drop_rate, each {"half time": by layer, "end": by
+                     layer}: means over what was watched in the tenth of the training before
     capacity         by factor ("none"): loss, loss_dropless, drop_rate
     specialisation   by layer: information, chance taken off
     """
@@ -474,7 +476,8 @@ def summarize(settings: Settings, result: dict[str, Any]) -> dict[str, Any]:
                 "loss": spread([run["loss"] for run in group]),
                 "standard_deviation": statistics.stdev([run["loss"] for run in group]) if len(group) > 1 else None,
                 "over_dense": spread([run["loss"] - dense[run["seed"]]["loss"] for run in group]),
-                "dense_steps": spread([dense_steps(settings, dense[run["seed"]], run["loss"]) for run in group]),
+                "speed_up": spread([inverse(reached(settings, run, dense[run["seed"]]["loss"])) for run in group]),
+                "dense_steps": spread([reached(settings, dense[run["seed"]], run["loss"]) for run in group]),
                 "curve": {
                     str(step): spread([run["losses"][place] for run in group])
                     for place, step in enumerate(group[0]["steps"])
@@ -486,7 +489,12 @@ def summarize(settings: Settings, result: dict[str, Any]) -> dict[str, Any]:
         regime: {
             "loss": spread([run["loss"] for run in group]),
             **{
-                key: spread([worst(run[key], least=key == "entropy") for run in group])
+                key: {
+                    when: [
+                        spread([before(run, key, layer, part) for run in group]) for layer in range(settings.n_layers)
+                    ]
+                    for when, part in (("half time", 0.5), ("end", 1.0))
+                }
                 for key in ("max_over_mean", "entropy", "drop_rate")
             },
         }
@@ -523,20 +531,26 @@ def spread(values: list[float | None]) -> list[float] | None:
     return [round(value, 4) for value in (statistics.fmean(numbers), min(numbers), max(numbers))]
 
 
-def dense_steps(settings: Settings, dense: dict[str, Any], loss: float) -> float | None:
-    """Where the dense curve first comes down to ``loss``, straight between its points, over the common last step."""
-    points = list(zip(dense["steps"], dense["losses"], strict=True))
+def reached(settings: Settings, run: dict[str, Any], loss: float) -> float | None:
+    """Where the curve first comes down to ``loss``, straight between its points, over the common number of steps."""
+    points = list(zip(run["steps"], run["losses"], strict=True))
     for (before, above), (after, below) in pairwise(points):
         if below <= loss:
-            crossing = after if above <= below else before + (after - before) * max(0.0, above - loss) / (above - below)
-            return float(crossing / settings.steps)
+            return float(before + (after - before) * (above - loss) / (above - below)) / settings.steps
     return None
 
 
-def worst(layers: list[list[float]], *, least: bool) -> float:
-    """Of the layers' means over the last tenth."""
-    means = [statistics.fmean(values[-max(1, len(values) // 10) :]) for values in layers]
-    return min(means) if least else max(means)
+def inverse(value: float | None) -> float | None:
+    return None if value is None else 1.0 / value
+
+
+def before(run: dict[str, Any], key: str, layer: int, part: float) -> float:
+    """The mean of a layer's figure over the tenth of the training that ends with this part of it."""
+    end = part * run["watched"][-1]
+    start = end - 0.1 * run["watched"][-1]
+    return statistics.fmean(
+        value for step, value in zip(run["watched"], run[key][layer], strict=True) if start < step <= end
+    )
 
 
 def show(result: dict[str, Any]) -> None:
@@ -546,16 +560,21 @@ def show(result: dict[str, Any]) -> None:
             f"rate {run['learning_rate']:g}: " + ", ".join(f"{name} {loss:.4f}" for name, loss in run["loss"].items())
         )
     print(f"\n{'equal operations a token':28}{'nats a token':>13}{'least - greatest':>19}{'over dense':>12}"
-          f"{'dense steps':>13}{'parameters':>12}{'active':>10}{'operations':>12}")  # fmt: skip
+          f"{'speed-up':>10}{'dense needs':>13}{'parameters':>12}{'active':>10}{'operations':>12}")  # fmt: skip
     for name, row in summary.get("equal_flops", {}).items():
         (loss, least, greatest), model = row["loss"], result["models"][name]
+        sooner = f"{row['speed_up'][0]:.2f}x" if row["speed_up"] else "-"
         times = f"{row['dense_steps'][0]:.2f}x" if row["dense_steps"] else "> 2x"
-        print(f"{name:28}{loss:13.4f}{f'{least:.4f} - {greatest:.4f}':>19}{row['over_dense'][0]:12.4f}{times:>13}"
+        print(f"{name:28}{loss:13.4f}{f'{least:.4f} - {greatest:.4f}':>19}{row['over_dense'][0]:12.4f}{sooner:>10}"
+              f"{times:>13}"
               f"{model['parameters']:12,}{model['active_parameters']:10,}{1 + model['overhead']:11.3f}x")  # fmt: skip
-    print(f"\n{'balance':28}{'nats a token':>13}{'busiest / mean':>16}{'entropy':>10}{'dropped':>10}")
+    print(f"\n{'balance (by layer: half time, end)':46}{'nats a token':>13}{'dropped':>26}{'busiest / mean':>28}")
     for name, row in summary["collapse"].items():
-        print(f"{name:28}{row['loss'][0]:13.4f}{row['max_over_mean'][0]:16.2f}{row['entropy'][0]:10.2f}"
-              f"{row['drop_rate'][0]:10.1%}")  # fmt: skip
+        drops, busiest = (
+            "  ".join(", ".join(form.format(layer[0]) for layer in row[key][when]) for when in ("half time", "end"))
+            for key, form in (("drop_rate", "{:.0%}"), ("max_over_mean", "{:.1f}"))
+        )
+        print(f"{name:46}{row['loss'][0]:13.4f}{drops:>26}{busiest:>28}")
     print(f"\n{'capacity factor':28}{'nats a token':>13}{'evaluated dropless':>20}{'dropped':>10}")
     for name, row in summary["capacity"].items():
         print(f"{name:28}{row['loss'][0]:13.4f}{row['loss_dropless'][0]:20.4f}{row['drop_rate'][0]:10.1%}")
