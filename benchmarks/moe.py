@@ -1,6 +1,6 @@
 """A mixture of experts beside a dense layer of equal active FLOPs, a loop over experts, and transformers' Mixtral.
 
-    python benchmarks/moe.py [--rounds 5] [--tokens 4096 8192] [--experts 8 64] [--device cpu] [--dtype float32]
+    python benchmarks/moe.py [--rounds 3] [--tokens 4096 8192] [--experts 8 64] [--device cpu] [--dtype float32]
     python benchmarks/moe.py --smoke                 a few seconds: shows that it runs, no more
 
 Each token uses 2 experts. The sides take turns in one process, on one thread; on a CPU the time is the process's own
@@ -191,10 +191,10 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each side (default: 5)")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each side (default: 3)")
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 8192], help="default: 4096 8192")
     parser.add_argument("--experts", type=int, nargs="+", default=[8, 64], help="default: 8 64")
-    parser.add_argument("--widths", type=int, nargs="+", default=[512, 1024], help="d_model; d_ff is twice that")
+    parser.add_argument("--widths", type=int, nargs="+", default=[512], help="d_model; d_ff is twice that (default: 512)")
     parser.add_argument("--device", type=torch.device, help="default: cuda where torch sees it, else cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--smoke", action="store_true", help="small and once")

@@ -7,6 +7,7 @@ on several ranks.
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -19,14 +20,13 @@ from minillm.layers.routers.routing import Routing
 def expert_capacity(n_tokens: int, n_experts: int, k: int, capacity_factor: float) -> int:
     """``ceil(capacity_factor * k * n_tokens / n_experts)``: places that each expert has (Fedus et al. 2022, eq. 3).
 
-    At least 1 where there are tokens, and at most n_tokens. What is beyond an integer by less than a billionth is the
-    rounding of a factor such as 1.1, not another place.
+    At least 1 where there are tokens, and at most n_tokens, which is room for all. The factor is taken as it is
+    written: 1.1 is eleven tenths, not the number a little above that a float holds.
     """
     if n_tokens == 0:
         return 0
-    if capacity_factor * k >= n_experts:  # room for every token, which is the most that an expert can get
-        return n_tokens
-    return max(1, math.ceil(round(capacity_factor * k * n_tokens / n_experts, 9)))
+    places = math.ceil(Fraction(repr(float(capacity_factor))) * k * n_tokens / n_experts)
+    return min(max(1, places), n_tokens)
 
 
 def kept_assignments(routing: Routing, capacity: int | None) -> Tensor:

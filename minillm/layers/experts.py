@@ -74,13 +74,9 @@ class Experts(nn.Module):
             raise ValueError(f"rows must be (n_rows, d_model={self.d_model}), got {tuple(rows.shape)}")
         if counts.shape != (self.n_experts,) or counts.dtype is not torch.int64:
             raise ValueError(f"counts must be int64 ({self.n_experts},), got {counts.dtype} {tuple(counts.shape)}")
-        device = rows.device.type
-        if torch.is_autocast_enabled(device) and rows.dtype is not torch.float64:
-            rows = rows.to(torch.get_autocast_dtype(device))
-        elif rows.dtype is not self.up.dtype:
-            raise TypeError(f"rows must have the parameters' type {self.up.dtype}, got {rows.dtype}")
+        rows = self._in_type_of_products("rows", rows)
         if self._has_grouped_product(rows):
-            with torch.autocast(device, enabled=False):
+            with torch.autocast(rows.device.type, enabled=False):
                 return self._by_grouped_products(rows, counts)
         return self._by_groups(rows, counts)  # type: ignore[no-any-return]
 
@@ -96,6 +92,7 @@ class Experts(nn.Module):
         if x.dim() != 3 or (x.size(0), x.size(2)) != (self.n_experts, self.d_model):
             allowed = f"(n_experts={self.n_experts}, capacity, d_model={self.d_model})"
             raise ValueError(f"x must be {allowed}, got {tuple(x.shape)}")
+        x = self._in_type_of_products("x", x)
         up = _batched_linear(x, self.up, self.up_bias)
         if self.gate is None:
             hidden = activate(up, self.activation)
@@ -107,6 +104,15 @@ class Experts(nn.Module):
         """One expert, the plain version: (..., d_model) to (..., d_model)."""
         own = (None if stack is None else stack[expert] for stack in self.weights)
         return one_expert(x, Weights(*own), self.activation)  # type: ignore[arg-type]
+
+    def _in_type_of_products(self, name: str, x: Tensor) -> Tensor:
+        """Under autocast in its type; otherwise it must have that of the parameters."""
+        device = x.device.type
+        if torch.is_autocast_enabled(device) and x.dtype is not torch.float64:
+            return x.to(torch.get_autocast_dtype(device))
+        if x.dtype is not self.up.dtype:
+            raise TypeError(f"{name} must have the parameters' type {self.up.dtype}, got {x.dtype}")
+        return x
 
     def _has_grouped_product(self, rows: Tensor) -> bool:
         """Whether the GPU has one kernel for all groups: bfloat16, Ampere or newer, rows of whole 16 bytes."""

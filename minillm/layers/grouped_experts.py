@@ -49,8 +49,9 @@ def grouped_experts(
     """Each group of ``rows`` (n_rows, d_model) through its own expert: what :func:`plain_grouped_experts` gives.
 
     The products run in the type of the rows, in which the result comes too; the weights are brought to it one expert at
-    a time. For the backward pass the rows and the numbers before the activation are kept, nothing else. Derivatives of
-    derivatives go through the plain version. ``buffers`` gives memory for the weights' gradients.
+    a time. For the backward pass the rows and the numbers before the activation are kept, nothing else. It can be
+    differentiated again and again; torch refuses forward-mode differentiation and vmap over it. ``buffers`` gives
+    memory for the weights' gradients.
     """
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (rows, *weights)):
         out: Tensor = _GroupedExperts.apply(rows, counts, activation, buffers, *weights)[0]  # type: ignore[no-untyped-call]
@@ -68,7 +69,10 @@ def activate(x: Tensor, activation: str) -> Tensor:
 
 def _activate_backward(gradient: Tensor, x: Tensor, activation: str) -> Tensor:
     aten = torch.ops.aten
-    if activation == "swiglu":
+    if activation == "swiglu" and torch.is_grad_enabled():  # the operator has no derivative
+        sigmoid = x.sigmoid()
+        result = gradient * sigmoid * (1 + x * (1 - sigmoid))
+    elif activation == "swiglu":
         result = aten.silu_backward(gradient, x)
     elif activation == "relu":
         result = aten.threshold_backward(gradient, x, 0)
@@ -189,11 +193,28 @@ def _backward(
 def _differentiable_backward(
     d_out: Tensor, rows: Tensor, weights: Weights, wanted: tuple[bool, ...], counts: list[int], activation: str
 ) -> tuple[Tensor | None, ...]:
-    """The same gradients by operations that autograd knows."""
-    out = plain_grouped_experts(rows, _in_type(weights, rows.dtype), counts, activation)
-    inputs = [tensor for tensor, want in zip((rows, *weights), wanted, strict=True) if want and tensor is not None]
-    d_inputs = iter(torch.autograd.grad(out, inputs, d_out, create_graph=True, allow_unused=True))
-    return tuple(next(d_inputs) if want else None for want in wanted)
+    """The same gradients by operations that autograd knows, nothing written in place and nothing kept."""
+    *groups, beyond = _groups(rows, counts)
+    d_groups = _groups(d_out, counts)[:-1]
+    found = []
+    for x, d_own, weight in zip(groups, d_groups, _by_expert(_in_type(weights, rows.dtype)), strict=True):
+        up, d_hidden = F.linear(x, weight.up, weight.up_bias), d_own @ weight.down
+        if weight.gate is None:
+            d_gate, hidden, d_up = None, activate(up, activation), _activate_backward(d_hidden, up, activation)
+            d_x = d_up @ weight.up
+        else:
+            gate = F.linear(x, weight.gate, weight.gate_bias)
+            activated = activate(gate, activation)
+            d_gate, d_up = _activate_backward(d_hidden * up, gate, activation), d_hidden * activated
+            hidden = activated * up
+            d_x = d_up @ weight.up + d_gate @ weight.gate
+        matrices = (None if d_gate is None else d_gate.t() @ x, d_up.t() @ x, d_own.t() @ hidden)
+        found.append((d_x, *matrices, *(None if d is None else d.sum(dim=0) for d in (d_gate, d_up, d_own))))
+    d_rows, *d_stacks = zip(*found, strict=True)
+    result = [torch.cat([*d_rows, torch.zeros_like(beyond)]) if wanted[0] else None]
+    for d_stack, stack, want in zip(d_stacks, weights, wanted[1:], strict=True):
+        result.append(torch.stack(d_stack).to(stack.dtype) if want and stack is not None else None)
+    return tuple(result)
 
 
 def _groups(tensor: Tensor, counts: list[int]) -> tuple[Tensor, ...]:

@@ -143,6 +143,16 @@ def test_what_half_precision_rows_are_summed_in():
         assert rows.grad.dtype is torch.bfloat16
 
 
+def test_gradients_of_half_precision_tokens_are_summed_exactly():
+    """256 + 1 is 256 in bfloat16: three choices of 256, 1 and 1 make 258 only if they are summed in float32."""
+    weights = torch.ones(1, 3)
+    routing = Routing.from_choices(torch.tensor([[0, 1, 2]]), weights, torch.ones(1, 3), {})
+    x = torch.zeros(1, 2, dtype=torch.bfloat16, requires_grad=True)
+    plan = plan_dispatch(routing, kept_assignments(routing, None))
+    permute(x, plan).backward(torch.tensor([[256.0] * 2, [1.0] * 2, [1.0] * 2]).bfloat16())
+    assert x.grad.tolist() == [[258.0, 258.0]]
+
+
 @pytest.mark.parametrize("dispatch", DISPATCHES)
 def test_the_result_has_the_type_of_the_tokens(dispatch):
     routing = _chosen(6, 3, 2, torch.float32)
@@ -190,6 +200,18 @@ def test_capacity():
     assert expert_capacity(100, 11, 1, 1.1) == 10  # 1.1 * 100 / 11 is 10.000000000000002 in float64
     assert expert_capacity(1, 2048, 1, 1e-12) == 1
     assert expert_capacity(0, 8, 2, 1.0) == 0
+    assert expert_capacity(5_853_160, 8, 3, 2.6) == 5_706_831
+    assert expert_capacity(100, 8, 2, 1e308) == 100
+
+
+def test_assignments_to_experts_that_there_are_not_are_refused():
+    """Sorted to the end they would be lost, and counted as kept."""
+    tokens, weights, probabilities = torch.arange(3), torch.ones(3), torch.ones(3, 4)
+    for experts in ([0, 1, 4], [0, -1, 2]):
+        with pytest.raises(ValueError, match=r"experts must be in \[0, 4\), got values from"):
+            Routing(tokens, torch.tensor(experts), weights, probabilities, {})
+    with pytest.raises(ValueError, match=r"tokens must be in \[0, 3\), got values from 0 to 3"):
+        Routing(torch.tensor([0, 3, 1]), torch.tensor([0, 1, 2]), weights, probabilities, {})
 
 
 @given(
@@ -200,7 +222,7 @@ def test_capacity():
 )
 def test_capacity_is_exact_for_decimal_factors(n_tokens, n_experts, k, hundredths):
     exact = math.ceil(Fraction(hundredths, 100) * k * n_tokens / n_experts)
-    assert expert_capacity(n_tokens, n_experts, k, hundredths / 100) == exact
+    assert expert_capacity(n_tokens, n_experts, k, hundredths / 100) == min(exact, n_tokens)
 
 
 @pytest.mark.gpu

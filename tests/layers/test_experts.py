@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from minillm.layers import Experts, FeedForward, SwiGLU
 from minillm.layers.gradient_buffers import LEAST_BYTES, GradientBuffers
-from minillm.layers.grouped_experts import plain_grouped_experts
+from minillm.layers.grouped_experts import Weights, plain_grouped_experts
 
 ACTIVATIONS = ["swiglu", "gelu", "gelu_tanh", "relu"]
 
@@ -234,6 +234,17 @@ def test_under_autocast_as_linear_layers(dtype):
     torch.testing.assert_close(experts.up.grad[1], twins[1].up.weight.grad, atol=1e-1, rtol=3e-2)
 
 
+def test_a_backward_pass_within_autocast_is_the_one_outside():
+    experts = _random(Experts(16, 24, 2))
+    rows, counts = torch.randn(9, 16, requires_grad=True), torch.tensor([5, 4])
+    experts(rows, counts).square().sum().backward()
+    expected, rows.grad = rows.grad, None
+    out = experts(rows, counts).square().sum()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out.backward()
+    assert torch.equal(rows.grad, expected)
+
+
 def test_a_second_derivative_under_autocast():
     experts = _random(Experts(4, 6, 2))
     rows = torch.randn(5, 4, requires_grad=True)
@@ -281,6 +292,30 @@ def test_checkpointing_compiling_and_functional_gradients_agree():
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("activation", ["swiglu", "gelu", "gelu_tanh", "relu"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_functional_derivatives_of_all_kinds(activation, bias):
+    """torch.func calls the backward pass in a way of its own: by rows and by parameters, in one direction and many."""
+    experts = _random(Experts(4, 6, 3, activation=activation, bias=bias)).double()
+    rows, counts = torch.randn(7, 4, dtype=torch.float64), torch.tensor([3, 0, 3])
+    parameters = {name: parameter.detach() for name, parameter in experts.named_parameters()}
+
+    def fast(x, own):
+        return torch.func.functional_call(experts, own, (x, counts))
+
+    def plain(x, own):
+        weights = Weights(*(own.get(name) for name in Weights._fields))
+        return plain_grouped_experts(x, weights, counts.tolist(), activation)
+
+    direction = torch.randn(7, 4, dtype=torch.float64)
+    for transform in (
+        lambda f: torch.func.vjp(f, rows, parameters)[1](direction),
+        lambda f: torch.func.jacrev(f, argnums=(0, 1))(rows, parameters),
+        lambda f: torch.func.grad(lambda x: torch.func.grad(lambda y: f(y, parameters).square().sum())(x).sum())(rows),
+    ):
+        torch.testing.assert_close(transform(fast), transform(plain))
+
+
 def test_a_gradient_in_use_is_never_written_again():
     n_experts, d_model = 4, 16
     d_ff = LEAST_BYTES // (4 * n_experts * d_model)  # each stack just large enough for a kept buffer
@@ -326,6 +361,16 @@ def test_buffers_are_taken_again_only_when_they_are_free():
     larger = buffers.empty_like(0, parameter.float())
     assert larger.nbytes == 2 * parameter.nbytes
     assert buffers.empty_like(1, parameter[:8]).data_ptr() != address
+
+
+def test_a_buffer_of_another_size_is_not_taken():
+    buffers = GradientBuffers()
+    large, small = torch.empty(LEAST_BYTES // 2), torch.empty(LEAST_BYTES // 4)
+    buffers.empty_like(0, large).zero_()
+    gc.collect()
+    taken = buffers.empty_like(0, small)  # the same parameter, cut down since
+    assert taken.shape == small.shape
+    assert taken.untyped_storage().nbytes() == small.nbytes
 
 
 def test_copies_and_pickles():

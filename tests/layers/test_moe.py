@@ -104,6 +104,33 @@ def test_activations(activation):
     _compare(_mixture(activation=activation, bias=True), torch.randn(8, 6, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("activation", ["swiglu", "gelu", "gelu_tanh"])
+def test_shared_experts_are_one_dense_layer_of_their_width(activation):
+    layer = _mixture(activation=activation, n_shared_experts=3, bias=True)
+    if activation == "swiglu":
+        dense: nn.Module = SwiGLU(6, 15, bias=True)
+    else:
+        dense = FeedForward(6, 15, approximate="tanh" if activation == "gelu_tanh" else "none")
+    dense.double().load_state_dict(layer.shared.state_dict())
+    x = torch.randn(8, 6, dtype=torch.float64)
+    together = layer(x)[0]
+    layer.shared = None
+    torch.testing.assert_close(together, layer(x)[0] + dense(x))
+
+
+@pytest.mark.parametrize("dispatch", ["sorted", "einsum"])
+def test_capacities_of_training_and_of_evaluation(dispatch):
+    """The mode decides which factor holds."""
+    layer = _mixture("switch", dispatch=dispatch, capacity_factor=0.5, eval_capacity_factor=2.0)
+    layer.router.jitter = 0.0
+    x = torch.randn(1, 6, dtype=torch.float64).expand(12, 6)  # all to one expert
+    assert int(layer(x)[1].kept.sum()) == 2  # ceil(0.5 * 12 / 4)
+    assert int(layer.eval()(x)[1].kept.sum()) == 6
+    _compare(layer, torch.randn(12, 6, dtype=torch.float64))
+    layer.eval_capacity_factor = None
+    assert bool(layer(x)[1].kept.all())
+
+
 @settings(max_examples=30, deadline=None)
 @given(
     n_tokens=st.integers(0, 9),

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 
 def assignments_per_expert(experts: Tensor, n_experts: int) -> Tensor:
@@ -30,7 +31,8 @@ class Routing:
         choices: k if each token has exactly k assignments and they are listed choice by choice, so that number
             ``c * n_tokens + t`` is token t's choice c; None if tokens may have different numbers of experts.
 
-    Raises ValueError if these do not fit each other (their values are not looked at: a GPU would have to wait).
+    Raises ValueError if these do not fit each other, on a CPU also for tokens or experts that there are not (to look at
+    values would make a GPU wait).
     """
 
     tokens: Tensor
@@ -46,9 +48,13 @@ class Routing:
         assignments = (self.weights.numel() if self.choices is None else self.choices * self.n_tokens,)
         if self.weights.shape != assignments:
             raise ValueError(f"weights must be {assignments}, got {tuple(self.weights.shape)}")
-        for name, values in (("tokens", self.tokens), ("experts", self.experts)):
+        for name, values, number in (("tokens", self.tokens, self.n_tokens), ("experts", self.experts, self.n_experts)):
             if values.shape != assignments or values.dtype != torch.int64:
                 raise ValueError(f"{name} must be int64 {assignments}, got {values.dtype} {tuple(values.shape)}")
+            if values.device.type == "cpu" and values.numel() and not is_compiling():
+                low, high = (int(value) for value in values.aminmax())
+                if low < 0 or high >= number:
+                    raise ValueError(f"{name} must be in [0, {number}), got values from {low} to {high}")
 
     @property
     def n_tokens(self) -> int:
