@@ -132,8 +132,11 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
     return round(time.perf_counter() - start, 6)
 
 
-def measure(shape: dict[str, int], rounds: int, device: torch.device, dtype: torch.dtype) -> list[dict[str, Any]]:
+def measure(
+    shape: dict[str, int], rounds: int, device: torch.device, dtype: torch.dtype, *, without: list[str]
+) -> list[dict[str, Any]]:
     layers, x = sides(**shape, device=device, dtype=dtype)
+    layers = {name: layer for name, layer in layers.items() if name not in without}
     gradient, leaf = torch.randn_like(x), x.clone().requires_grad_()
     a, b = (torch.randn(n, 2048, device=device, dtype=dtype) for n in (4096, 2048))
 
@@ -194,9 +197,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="turns of each side (default: 3)")
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 8192], help="default: 4096 8192")
     parser.add_argument("--experts", type=int, nargs="+", default=[8, 64], help="default: 8 64")
-    parser.add_argument("--widths", type=int, nargs="+", default=[512], help="d_model; d_ff is twice that (default: 512)")
+    parser.add_argument(
+        "--widths", type=int, nargs="+", default=[512], help="d_model (default: 512); d_ff is twice that"
+    )
     parser.add_argument("--device", type=torch.device, help="default: cuda where torch sees it, else cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--without", nargs="+", default=[], metavar="SIDE", help="sides to leave out (not dense)")
     parser.add_argument("--smoke", action="store_true", help="small and once")
     parser.add_argument("--json", type=Path, help="file for the result")
     arguments = parser.parse_args()
@@ -213,7 +219,7 @@ def main() -> None:
         for n_experts in arguments.experts:
             for n_tokens in tokens:
                 shape = {"d_model": d_model, "d_ff": 2 * d_model, "n_experts": n_experts, "tokens": n_tokens}
-                measured = measure(shape, rounds, device, dtype)
+                measured = measure(shape, rounds, device, dtype, without=arguments.without)
                 print(table(measured), flush=True)
                 rows += measured
     result = {
