@@ -33,6 +33,9 @@ def from_transformers(model: Any) -> Transformer:
         model: ``GPT2LMHeadModel``, ``LlamaForCausalLM``, ``MistralForCausalLM``, ``MixtralForCausalLM`` (or, if tied,
             the model without head).
 
+    Mixtral's router_aux_loss_coef becomes the balance_loss as it stands; there it multiplies one loss over all layers
+    together, which is k times ours, and here one in each layer.
+
     Returns it on the same device, in the same dtype and mode. Raises ValueError for what :class:`Transformer` has not:
     another model_type, activation, scaled attention, attention biases, unequal dropouts and the like, each by name.
     """

@@ -62,7 +62,7 @@ def expert_load(
                 axes.bar(experts, gone, thickness, bottom=done, color=COLOURS[1], label=_DROPPED)
             axes.axhline(100.0 / n_experts, color="black", linewidth=1.2, linestyle="--", label=_EQUAL)
             axes.set_xlim(-0.6, n_experts - 0.4)
-            expert_ticks(axes, "x", n_experts, 18 // columns)
+            expert_ticks(axes, "x", n_experts, max(1, 18 // columns))
             axes.grid(False, axis="x")
             axes.yaxis.set_major_formatter("{x:g} %")
             if name:
