@@ -241,6 +241,31 @@ def layer(**changes: str) -> str:
 
 
 RIGHT = {
+    "less the logarithm of the sum": (
+        "6.1",
+        gates(weights="(a := ordered[:, :k]).sub(a.logsumexp(1, keepdim=True)).exp()"),
+    ),
+    "a fraction in float32": (
+        "6.2",
+        loss(f="torch.bincount(experts.flatten(), minlength=n) / torch.tensor(float(experts.numel()))"),
+    ),
+    "row by row, in lists": (
+        "6.6",
+        """
+def biased_choice(logits, bias, k):
+    e, w = [], []
+    for row in logits:
+        s = 1 / (1 + torch.exp(-row))
+        best = sorted(range(len(s)), key=lambda i: -(s[i] + bias[i]).item())[:k]
+        e.append(best)
+        w.append(torch.stack([s[i] for i in best]) / sum(s[i] for i in best))
+    return torch.tensor(e), torch.stack(w)
+
+def moved_bias(bias, experts, rate):
+    load = torch.bincount(experts.flatten(), minlength=len(bias))
+    return bias - rate * torch.sign(load * len(bias) - experts.numel())
+""",
+    ),
     "softmax over all, then divided": (
         "6.1",
         """
@@ -578,7 +603,7 @@ class TestExercise06(ExerciseTests):
             ),
             "equal weights": (gates(weights="torch.ones_like(ordered[:, :k]) / k"), "all get the same weight"),
             "sigmoid": (gates(weights="ordered[:, :k].sigmoid()"), "a sigmoid is no softmax"),
-            "over the tokens": (gates(weights="ordered[:, :k].softmax(0)"), "add up to 1"),
+            "over the tokens": (gates(weights="ordered[:, :k].softmax(0)"), "goes over the tokens (dim 0)"),
             "over tokens and choices": (
                 gates(weights="ordered[:, :k].flatten().softmax(0).reshape(-1, k)"),
                 "the softmax goes over experts, not over tokens",
@@ -621,6 +646,58 @@ class TestExercise06(ExerciseTests):
             ),
             "experts as floats": (gates(experts="experts[:, :k].float()"), "expert numbers are int64"),
             "in place": (gates(before="logits -= logits.amax(1, keepdim=True)"), "changes the logits"),
+            "chosen by probabilities in float32": (
+                gates(
+                    order="logits.softmax(-1).sort(dim=-1, descending=True, stable=True)",
+                    weights="ordered[:, :k] / ordered[:, :k].sum(1, keepdim=True)",
+                ),
+                "so choose by the logits",
+            ),
+            "an unstable sort": (gates(order="logits.sort(dim=-1, descending=True)"), "17 equal logits with k=3"),
+            "the largest logit of all tokens taken off": (
+                gates(weights="(a := (ordered[:, :k] - ordered.max()).exp()) / a.sum(1, keepdim=True)"),
+                "instead of each token's own",
+            ),
+            "a softmax in float32 for float64": (
+                gates(weights="ordered[:, :k].float().softmax(-1).to(ordered.dtype)"),
+                "is something worked out in float32",
+            ),
+            "a little in the sum": (
+                gates(weights="(a := (ordered - ordered[:, :1]).exp()[:, :k]) / (a.sum(1, keepdim=True) + 1e-9)"),
+                "a small number added to the sum",
+            ),
+            "float16 stays float16": (
+                gates(before="logits = logits.float() if logits.dtype == torch.bfloat16 else logits"),
+                "yours are torch.float16",
+            ),
+            "ties broken by very little": (
+                gates(
+                    order="(logits.double() - 1e-10 * torch.arange(logits.shape[1])).topk(k, dim=1)",
+                    weights="logits.gather(1, experts).softmax(1)",
+                ),
+                "in float64 are not equal",
+            ),
+            "in order of their numbers": (
+                gates(experts="experts[:, :k].sort(1).values", weights="logits.gather(1, experts[:, :k]).softmax(1)"),
+                "they stand in the order of their numbers",
+            ),
+            "no tokens": (
+                """
+def top_k_gates(logits, k):
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    best = [sorted(range(logits.shape[1]), key=lambda i: (-row[i], i))[:k] for row in logits.tolist()]
+    return torch.tensor(best), torch.stack([row[one].softmax(0) for row, one in zip(logits, best)])
+""",
+                "there may be no tokens",
+            ),
+            "the check's own": (
+                """
+def top_k_gates(logits, k):
+    chosen = torch.tensor([brute_6_1(row, k)[0] for row in logits.tolist()])
+    return chosen, logits.gather(1, chosen).softmax(1)
+""",
+                "uses brute_6_1",
+            ),
             "one only": (gates(experts="experts[:, :1]", weights="ordered[:, :1].softmax(-1)"), "(tokens, k)"),
         },
         "6.2": {
@@ -659,7 +736,7 @@ class TestExercise06(ExerciseTests):
             ),
             "without minlength": (
                 loss(f="torch.bincount(experts.flatten()) / experts.numel()"),
-                "fails where nobody chooses the last expert",
+                "fails where nobody chooses some expert",
             ),
             "detached": (loss(p="probabilities.mean(0).detach()"), "P must not be detached"),
             "the straight-through fraction": (
@@ -696,6 +773,62 @@ class TestExercise06(ExerciseTests):
                 loss(gradient="n / t * p * (f - (f * p).sum(1).mean())"),
                 "adds up to 0",
             ),
+            "counts not flattened": (
+                loss(f="torch.bincount(experts, minlength=n) / experts.numel()"),
+                "bincount takes one dimension",
+            ),
+            "the mean of integers": (loss(f="F.one_hot(experts.flatten(), n).mean(0)"), "no mean of integers"),
+            "float32 times float64": (
+                loss(f="torch.bincount(experts.flatten(), minlength=n).float() / experts.numel()", loss="n * f.dot(p)"),
+                "a product of two dtypes",
+            ),
+            "an index of two dimensions": (
+                loss(f="torch.zeros(n).index_add(0, experts, torch.ones(experts.shape)) / experts.numel()"),
+                "the index must be a vector",
+            ),
+            "places that repeat": (
+                loss(f="torch.zeros(n).index_put((experts.flatten(),), torch.tensor(1.0)) / experts.numel()"),
+                "adds but once",
+            ),
+            "only those with tokens": (
+                loss(f="experts.unique(return_counts=True)[1] / experts.numel()"),
+                "0 for one that nobody chose",
+            ),
+            "the loss in float32": (loss(p="probabilities.float().mean(0)"), "your loss is only as exact as float32"),
+            "the gradient in float32": (
+                loss(gradient="(n / t * p * (f - (f * p).sum(1, keepdim=True))).float()"),
+                "right to a few digits only",
+            ),
+            "differences of losses": (
+                loss().split("def switch_loss_gradient")[0]
+                + """
+def switch_loss_gradient(probabilities, experts):
+    logits = probabilities.log()
+    out = torch.zeros_like(logits)
+    for t in range(len(logits)):
+        for i in range(logits.shape[1]):
+            d = torch.zeros_like(logits)
+            d[t, i] = 1e-6
+            up, down = (switch_loss((logits + a).softmax(1), experts) for a in (d, -d))
+            out[t, i] = (up - down) / 2e-6
+    return out
+""",
+                "like one from differences of losses",
+            ),
+            "probabilities in place": (
+                loss(gradient="probabilities.mul_(n / t * (f - (f * p).sum(1, keepdim=True)))"),
+                "switch_loss_gradient changes a tensor",
+            ),
+            "experts in place": (
+                loss(gradient="n / t * p * (f - (f * p).sum(1, keepdim=True)) + 0 * experts.zero_().sum()"),
+                "switch_loss_gradient changes a tensor",
+            ),
+            "torch's own derivative": (
+                loss(gradient="torch.ops.aten._softmax_backward_data((n / t * f).expand(t, n).to(p), p, 1, p.dtype)"),
+                "uses torch.ops",
+            ),
+            "a node of the graph": (loss(gradient="p.log().softmax(1).grad_fn(f)"), "uses grad_fn"),
+            "the check's own": (loss(gradient="difference_6_2(p.log(), experts)"), "uses difference_6_2"),
             "one row for all": (
                 loss(gradient="(n / t * p * (f - (f * p).sum(1, keepdim=True))).mean(0)"),
                 "has the shape of the logits",
@@ -730,10 +863,10 @@ def drops(experts, n_experts, capacity):
                 queue(capacity="math.ceil(factor * math.ceil(k * n_tokens / n_experts))"),
                 "round up once, at the end",
             ),
-            "one more": (queue(capacity="int(factor * k * n_tokens / n_experts) + 1"), "which is one share exactly"),
+            "one more": (queue(capacity="int(factor * k * n_tokens / n_experts) + 1"), "one share is 2 exactly"),
             "not rounded": (queue(capacity="factor * k * n_tokens / n_experts"), "a capacity is an int"),
             "factor forgotten": (queue(capacity="math.ceil(k * n_tokens / n_experts)"), "is the factor used?"),
-            "at least four": (queue(capacity="max(4, " + QUEUED["capacity"] + ")"), "which is one share exactly"),
+            "at least four": (queue(capacity="max(4, " + QUEUED["capacity"] + ")"), "one share is 2 exactly"),
             "counted from 1": (
                 queue(before="member.cumsum(0).gather(1, flat[:, None])"),
                 "a place is what comes before, the first has 0",
@@ -767,7 +900,7 @@ def drops(experts, n_experts, capacity):
             ),
             "back in the wrong shape": (
                 queue(places="before.reshape(experts.shape)"),
-                "the places [[0, 1], [1, 0], [0, 2]]; yours",
+                "shaped to (k, tokens) and transposed back",
             ),
             "flat": (queue(places="before.flatten()"), "there is a place for each assignment"),
             "one column for each expert": (
@@ -785,6 +918,34 @@ def drops(experts, n_experts, capacity):
                 queue(before="(flat[:, None] == flat).tril(-1).sum(1)"),
                 "every assignment is compared with every other",
             ),
+            "a capacity of all tokens at most": (
+                queue(capacity="min(n_tokens, " + QUEUED["capacity"] + ")"),
+                "the formula has no upper limit",
+            ),
+            "not divided by the experts": (
+                queue(capacity="math.ceil(factor * k * n_tokens)"),
+                "is one part in n_experts",
+            ),
+            "counted in bytes": (
+                queue(before="(member.byte().cumsum(0, dtype=torch.uint8) - member).gather(1, flat[:, None])"),
+                "a dtype that is too narrow",
+            ),
+            "counted in bfloat16": (
+                queue(before="(member.bfloat16().cumsum(0) - member).long().gather(1, flat[:, None])"),
+                "a dtype that is too narrow",
+            ),
+            "summed over the experts": (
+                queue(before="(member.cumsum(1) - member).gather(1, flat[:, None])"),
+                "do you count along the assignments",
+            ),
+            "every pair compared, a few rows at a time": (
+                queue(
+                    before="torch.cat([(flat == flat[i : i + 16, None]).tril(i - 1).sum(1) "
+                    "for i in range(0, len(flat), 16)] + [flat[:0]])"
+                ),
+                "are made one after another",
+            ),
+            "no tokens": (queue().replace("F.one_hot(flat, n_experts)", "F.one_hot(flat)"), "there may be no tokens"),
             "one too many": (
                 queue(kept="places(experts, n_experts) <= capacity"),
                 "the assignment at place 2 is kept in yours",
@@ -965,6 +1126,26 @@ def mixture(x, experts, weights, kept, networks):
                 mix(add="out = out.index_add(0, token, rows)"),
                 "bring the weighted answers to the dtype of x",
             ),
+            "summed in float32": (
+                mix(
+                    before="out32 = torch.zeros(x.shape)",
+                    add="out32 = out32.index_add(0, token, rows.float())",
+                    out="out32.to(x.dtype)",
+                ),
+                "your output is only as exact as float32",
+            ),
+            "weighted in float32": (
+                mix(rows="(network(x[token]) * w).float()"),
+                "your output is only as exact as float32",
+            ),
+            "rows in float32": (
+                mix(rows="network(x[token].to(w.dtype)) * w"),
+                "an expert is given rows in torch.float32",
+            ),
+            "no tokens": (
+                mix(out="torch.stack([row for row in out])"),
+                "there may be no tokens",
+            ),
             "in place": (mix(add="x[token] = rows.to(x.dtype)", out="x"), "changes a tensor that it was given"),
             "a list": (mix(out="list(out)"), "mixture returns a tensor"),
             "transposed": (mix(out="out.T"), "the output is (tokens, d_model)"),
@@ -1062,6 +1243,51 @@ def mixture(x, experts, weights, kept, networks):
                 ),
                 "the routers multiply each token too",
             ),
+            "dense layers everywhere": (
+                counting(layers="(m.n_layers - m.dense_layers) * mixture + m.n_layers * dense"),
+                "only the first dense_layers layers are dense",
+            ),
+            "experts in dense layers": (
+                counting(
+                    mixture="(n + m.n_shared) * expert",
+                    layers="m.n_layers * mixture + (m.n_layers - m.dense_layers) * m.n_experts * d"
+                    " + m.dense_layers * dense",
+                ),
+                "a dense layer has no experts",
+            ),
+            "attention in mixtures only": (
+                counting(layers=COUNTED["layers"] + " - m.dense_layers * attention"),
+                "a dense layer has attention too",
+            ),
+            "keys or values": (
+                counting(attention="d * m.head_dim * (2 * m.n_heads + m.n_kv_heads)"),
+                "attention has four matrices",
+            ),
+            "no output of attention": (
+                counting(attention="d * m.head_dim * (m.n_heads + 2 * m.n_kv_heads)"),
+                "attention has four matrices",
+            ),
+            "dense layers as wide as experts": (
+                counting(dense="m.dense_matrices * d * m.expert_d_ff"),
+                "dense_d_ff wide",
+            ),
+            "shared experts scored": (
+                counting(mixture="(n + m.n_shared) * expert + (m.n_experts + m.n_shared) * d"),
+                "does not score the shared experts",
+            ),
+            "no table at all": (counting(tables="(0 if m.tied else 2)"), "there is still one table"),
+            "shared experts for free": (
+                counting(flops="2 * (count(m, m.k - m.n_shared) - norms - (0 if m.tied else table))"),
+                "the shared experts multiply each token too",
+            ),
+            "a router of k works": (
+                counting(
+                    flops="2 * (active_parameters(m) - norms - (0 if m.tied else table)"
+                    " - (m.n_layers - m.dense_layers) * (m.n_experts - m.k) * d)"
+                ),
+                "the router multiplies with all its rows",
+            ),
+            "the check's own": (counting(total="sum(p[1] for p in brute_6_5(model))"), "uses brute_6_5"),
             "forward and backward": (
                 counting(flops="6 * (active_parameters(m) - norms - (0 if m.tied else table))"),
                 "three times as much is forward and backward",
@@ -1136,6 +1362,38 @@ def mixture(x, experts, weights, kept, networks):
                 "loads 3, 2, 1",
             ),
             "in place": (bias(moved="bias.add_(rate * torch.sign(mean - loads))"), "return a new one"),
+            "the mean of integers": (bias(mean="loads.mean()"), "no mean of integers"),
+            "counts not flattened": (
+                bias(loads="torch.bincount(experts, minlength=len(bias))"),
+                "bincount takes one dimension",
+            ),
+            "two dtypes": (
+                bias(mean="0", moved="bias + loads.double() @ torch.eye(len(bias))"),
+                "a product of two dtypes",
+            ),
+            "clamped": (bias(moved="bias + rate * (mean - loads).clamp(-1, 1)"), "every step is as large as the rate"),
+            "recentred": (
+                bias(moved="(b := bias + rate * torch.sign(mean - loads)) - b.mean()"),
+                "the mean of the bias is not taken off",
+            ),
+            "kept between calls": (
+                "B = {}\n"
+                + bias(moved="B.setdefault(len(bias), bias.clone()).add_(rate * torch.sign(mean - loads)).clone()"),
+                "nothing may be kept",
+            ),
+            "experts changed": (
+                bias(moved="bias + rate * torch.sign(mean - loads) + 0 * experts.zero_().sum()"),
+                "changes the experts",
+            ),
+            "summed over tokens": (bias(weights="chosen / chosen.sum(0, keepdim=True)"), "a sum over the tokens"),
+            "always float32": (
+                bias(weights="(chosen / chosen.sum(1, keepdim=True)).float()"),
+                "give weights in torch.float64",
+            ),
+            "bias in float32": (
+                bias(moved="(bias + rate * torch.sign(mean - loads)).float()"),
+                "a bias in float64 stays in float64",
+            ),
             "from zero": (bias(moved="rate * torch.sign(mean - loads)"), "added to the bias that there was"),
         },
         "6.7": {
@@ -1189,11 +1447,11 @@ def switch_layer(x, router, networks, *, capacity_factor, coefficient=0.01):
             ),
             "capacity rounded down": (
                 layer(capacity="max(1, int(capacity_factor * len(tokens) / n))"),
-                "dropped than should be",
+                "the capacity is rounded up",
             ),
             "capacity of one text": (
                 layer(capacity="expert_capacity(x.shape[1], n, 1, capacity_factor)"),
-                "other tokens are dropped than should be",
+                "yours that of one text",
             ),
             "coefficient forgotten": (layer(loss="switch_loss(p, experts)"), "the coefficient is not used"),
             "coefficient fixed": (layer(loss="0.01 * switch_loss(p, experts)"), "your coefficient is always 0.01"),
@@ -1211,11 +1469,68 @@ def switch_layer(x, router, networks, *, capacity_factor, coefficient=0.01):
             ),
             "logits instead of probabilities": (
                 layer(weights="(tokens @ router.to(x.dtype).T).gather(1, experts)"),
-                "the output differs from x plus probability times answer",
+                "your weight is the logit",
             ),
             "sigmoid": (
                 layer(logits="(tokens.double() @ router.double().T).sigmoid().to(x)"),
                 "the output differs from x plus probability times answer",
+            ),
+            "sigmoid as the weight": (
+                layer(weights="(tokens @ router.to(x.dtype).T).sigmoid().gather(1, experts)"),
+                "your weight is the sigmoid of the logit",
+            ),
+            "softmax over the tokens": (
+                layer().replace("softmax(-1)", "softmax(0)"),
+                "your softmax goes over the tokens",
+            ),
+            "weights on the input": (
+                layer(y="mixture(tokens * weights.to(x.dtype), experts, torch.ones_like(weights), kept, networks)"),
+                "the expert is given its token times the probability",
+            ),
+            "the residual twice": (layer(output="2 * x + y.reshape(x.shape)"), "x is added twice"),
+            "factor not used": (
+                layer(capacity="expert_capacity(len(tokens), n, 1, 1.0)"),
+                "is the capacity factor used?",
+            ),
+            "the capacity of two choices": (
+                layer(capacity="expert_capacity(len(tokens), n, 2, capacity_factor)"),
+                "each token has one choice",
+            ),
+            "a queue for each text, room for all": (
+                layer().replace(
+                    "kept, dropped = drops(experts, n, capacity)",
+                    "pieces = [drops(one, n, capacity) for one in experts.split(x.shape[1])]\n"
+                    "    kept, dropped = torch.cat([a for a, _ in pieces]), sum(b for _, b in pieces)",
+                ),
+                "each text has a queue of its own",
+            ),
+            "rounded to a small capacity": (
+                layer(capacity="int(capacity_factor * (len(tokens) / n))"),
+                "the capacity is rounded up",
+            ),
+            "probabilities in the dtype of x": (
+                layer().replace("p = (", "p = (0 + ").replace(").softmax(-1)", ").to(x.dtype).softmax(-1)"),
+                "in float32",
+            ),
+            "the loss of rounded probabilities": (
+                layer(loss="(coefficient * switch_loss(p.to(x.dtype), experts)).to(p.dtype)"),
+                "the loss is 1.46212",
+            ),
+            "no residual in bfloat16": (
+                layer(output="(0 if x.dtype == torch.bfloat16 else x) + y.reshape(x.shape)"),
+                "than bfloat16 explains",
+            ),
+            "the weight of rounded logits": (
+                layer(weights="(tokens @ router.to(x.dtype).T).softmax(-1).gather(1, experts)"),
+                "the weight in yours 0.500",
+            ),
+            "answers of zeros counted as dropped": (
+                layer(dropped="int((y == 0).all(1).sum())"),
+                "an expert may answer with zeros",
+            ),
+            "another default": (
+                layer().replace("coefficient=0.01", "coefficient=0.1"),
+                "no coefficient given",
             ),
             "router transposed": (layer(logits="tokens @ router"), "Error"),
             "experts given the wrong rows": (
