@@ -670,6 +670,10 @@ class TestExercise06(ExerciseTests):
                 gates(before="logits = logits.float() if logits.dtype == torch.bfloat16 else logits"),
                 "yours are torch.float16",
             ),
+            "differences cut off": (
+                gates(weights="(a := (ordered - ordered[:, :1]).clamp(min=-20).exp()[:, :k]) / a.sum(1, keepdim=True)"),
+                "the logits 0 and -30",
+            ),
             "ties broken by very little": (
                 gates(
                     order="(logits.double() - 1e-10 * torch.arange(logits.shape[1])).topk(k, dim=1)",
@@ -776,6 +780,10 @@ def top_k_gates(logits, k):
             "counts not flattened": (
                 loss(f="torch.bincount(experts, minlength=n) / experts.numel()"),
                 "bincount takes one dimension",
+            ),
+            "the mean of integers in the gradient": (
+                loss(gradient="n / t * p * (f - (f * p).sum(1, keepdim=True)) + experts.mean()"),
+                "switch_loss_gradient fails: torch takes no mean of integers",
             ),
             "the mean of integers": (loss(f="F.one_hot(experts.flatten(), n).mean(0)"), "no mean of integers"),
             "float32 times float64": (
@@ -1384,6 +1392,10 @@ def mixture(x, experts, weights, kept, networks):
             "experts changed": (
                 bias(moved="bias + rate * torch.sign(mean - loads) + 0 * experts.zero_().sum()"),
                 "changes the experts",
+            ),
+            "a little in the sum": (
+                bias(weights="chosen / (chosen.sum(1, keepdim=True) + 1e-9)"),
+                "a small number added to the sum",
             ),
             "summed over tokens": (bias(weights="chosen / chosen.sum(0, keepdim=True)"), "a sum over the tokens"),
             "always float32": (
