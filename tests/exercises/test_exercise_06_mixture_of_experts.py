@@ -750,6 +750,7 @@ def top_k_gates(logits, k):
                 ),
                 "only P is moved by it",
             ),
+            "a mean over the experts": (loss(p="probabilities.mean(1)"), "P is a mean over the tokens (dim 0)"),
             "a number for each expert": (loss(loss="n * f * p"), "the loss is one number"),
             "a float": (loss(loss="(n * (f * p).sum()).item()"), "switch_loss returns a tensor"),
             "one subtracted": (loss(loss="n * (f * p).sum() - 1"), "the loss is 1 at an equal load; yours is"),
@@ -811,14 +812,13 @@ def top_k_gates(logits, k):
                 loss().split("def switch_loss_gradient")[0]
                 + """
 def switch_loss_gradient(probabilities, experts):
-    logits = probabilities.log()
+    n, logits = probabilities.shape[1], probabilities.log()
+    f = F.one_hot(experts, n).double().mean((0, 1))
     out = torch.zeros_like(logits)
-    for t in range(len(logits)):
-        for i in range(logits.shape[1]):
-            d = torch.zeros_like(logits)
-            d[t, i] = 1e-6
-            up, down = (switch_loss((logits + a).softmax(1), experts) for a in (d, -d))
-            out[t, i] = (up - down) / 2e-6
+    for i in range(n):  # every token's own share of the loss
+        d = 1e-6 * F.one_hot(torch.tensor(i), n)
+        up, down = ((n * f * (logits + a).softmax(1)).sum(1) / len(logits) for a in (d, -d))
+        out[:, i] = (up - down) / 2e-6
     return out
 """,
                 "like one from differences of losses",
@@ -866,6 +866,13 @@ def drops(experts, n_experts, capacity):
     return kept, torch.bincount(experts[~kept], minlength=n_experts)
 """,
                 "who comes first has the lower place",
+            ),
+            "by a sort that is not stable": (
+                queue(
+                    before="torch.empty_like(flat).index_copy(0, order := flat.argsort(), torch.arange(len(flat)) - "
+                    "(member.sum(0).cumsum(0) - member.sum(0))[flat[order]])"
+                ),
+                "is the sort stable?",
             ),
             "rounded up twice": (
                 queue(capacity="math.ceil(factor * math.ceil(k * n_tokens / n_experts))"),
@@ -948,8 +955,8 @@ def drops(experts, n_experts, capacity):
             ),
             "every pair compared, a few rows at a time": (
                 queue(
-                    before="torch.cat([(flat == flat[i : i + 16, None]).tril(i - 1).sum(1) "
-                    "for i in range(0, len(flat), 16)] + [flat[:0]])"
+                    before="torch.cat([(flat == flat[i : i + 32, None]).tril(i - 1).sum(1) "
+                    "for i in range(0, len(flat), 32)] + [flat[:0]])"
                 ),
                 "are made one after another",
             ),
