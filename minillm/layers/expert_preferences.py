@@ -135,7 +135,7 @@ def _checked(counts: Tensor) -> Tensor:
         raise ValueError(f"counts must be (n_experts, n_labels), neither 0, got {tuple(counts.shape)}")
     if not bool((counts >= 0).all()) or counts.isinf().any():
         raise ValueError("counts must be numbers of tokens, none negative")
-    return counts.double()
+    return counts.cpu().double()
 
 
 def _sum(terms: Tensor) -> float:

@@ -38,6 +38,12 @@ class MoERecord:
         experts = self.routing.experts
         return experts.new_zeros(self.routing.n_experts).index_add(0, experts, self.kept.to(torch.int64))
 
+    @property
+    def experts_per_token(self) -> Tensor:
+        """int64 (n_tokens,): how many experts worked on each token; 0 where all its assignments were dropped."""
+        tokens = self.routing.tokens
+        return tokens.new_zeros(self.routing.n_tokens).index_add(0, tokens, self.kept.to(torch.int64))
+
 
 class MixtureOfExperts(nn.Module):
     """``y_t = sum_i w_{t,i} expert_i(x_t)`` over the few experts i that the router assigns to token t.

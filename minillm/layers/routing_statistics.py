@@ -122,18 +122,15 @@ def routing_statistics(record: "MoERecord") -> RoutingStatistics:
     The router's distribution is ``record.routing.probabilities``, each row divided by its sum: a softmax stays what it
     is, sigmoid scores become comparable to it. A row of zeros prefers nobody: uniform. Reads from the device.
     """
-    routing, kept = record.routing, record.kept
-    served = torch.zeros(routing.n_tokens, dtype=torch.bool, device=kept.device)
-    served[routing.tokens[kept]] = True
-    load = torch.bincount(routing.experts[kept], minlength=routing.n_experts)
-    scores = routing.probabilities.double()
+    routing = record.routing
+    scores = routing.probabilities.cpu().double()  # not every device has float64
     totals = scores.sum(dim=1, keepdim=True)
     distribution = torch.where(totals > 0.0, scores / totals, 1.0 / routing.n_experts)
     return RoutingStatistics(
         routing.n_tokens,
         tuple(routing.assigned.tolist()),
-        tuple(load.tolist()),
-        int((~served).sum()),
+        tuple(record.load.tolist()),
+        int((record.experts_per_token == 0).sum()),
         float(torch.special.entr(distribution).sum()),
     )
 

@@ -60,7 +60,9 @@ class MixtureTraining:
         worked = [record.load for record in records]
         self._assigned = _plus(self._assigned, assigned)
         self._seen, self._worked = _plus(self._seen, assigned), _plus(self._worked, worked)
-        self._tokens = _plus(self._tokens, [_tokens_without_expert(record) for record in records])
+        counts = [record.experts_per_token for record in records]
+        tokens = [torch.stack([torch.ones_like(count).sum(), (count == 0).sum()]) for count in counts]
+        self._tokens = _plus(self._tokens, tokens)
         self._added.append(added)
 
     def after_update(self) -> None:
@@ -78,33 +80,24 @@ class MixtureTraining:
         """The figures since the last reading, which starts anew; empty without experts.
 
         - router_loss: the mean of what was added to the loss.
-        - load_imbalance: the largest load of an expert over the mean, in the layer where that is worst; 1 is even.
+        - max_over_mean: the largest load of an expert over the mean, in the layer where that is worst; 1 is even.
         - drop_rate: the fraction of assignments for which there was no room.
-        - unserved: the fraction of tokens that no expert worked on, in the layer where that is worst: all their choices
-          were dropped, or, in expert choice, nobody chose them.
+        - tokens_without_expert: the fraction of tokens that no expert worked on, in the layer where that is worst: all
+          their choices were dropped, or, in expert choice, nobody chose them.
         """
         if not self._added:
             return {}
         shares = torch.stack([seen.max() / seen.float().mean().clamp(min=1e-9) for seen in self._seen])
         assigned, worked = sum(seen.sum() for seen in self._seen), sum(load.sum() for load in self._worked)
-        tokens, unserved = torch.stack(self._tokens).unbind(1)  # (n_layers,) each
-        figures = torch.stack(
-            [
-                torch.stack(self._added).mean().double(),
-                shares.max().double(),
-                1.0 - worked / torch.as_tensor(assigned).double().clamp(min=1),
-                (unserved / tokens.double().clamp(min=1)).max(),
-            ]
-        )
+        tokens, without = torch.stack(self._tokens).unbind(1)  # (n_layers,) each
+        figures = {
+            "router_loss": torch.stack(self._added).mean().float(),
+            "max_over_mean": shares.max(),
+            "drop_rate": 1.0 - worked / torch.as_tensor(assigned).clamp(min=1),
+            "tokens_without_expert": (without / tokens.clamp(min=1)).max(),
+        }
         self._seen, self._worked, self._tokens, self._added = [], [], [], []
-        return dict(zip(("router_loss", "load_imbalance", "drop_rate", "unserved"), figures.tolist(), strict=True))
-
-
-def _tokens_without_expert(record: MoERecord) -> Tensor:
-    """int64 (2,): how many tokens were routed, and how many of them no expert worked on."""
-    n_tokens = record.routing.n_tokens
-    worked = record.kept.new_zeros(n_tokens, dtype=torch.int64).index_add(0, record.routing.tokens, record.kept.long())
-    return torch.stack([torch.full_like(worked.sum(), n_tokens), (worked == 0).sum()])
+        return dict(zip(figures, torch.stack(list(figures.values())).tolist(), strict=True))  # one wait for the device
 
 
 def _plus(sums: list[Tensor], numbers: list[Tensor]) -> list[Tensor]:
