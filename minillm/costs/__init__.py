@@ -18,7 +18,7 @@ from minillm.costs.flops import (
 )
 from minillm.costs.kv_cache import kv_cache_bytes, kv_cache_bytes_per_token
 from minillm.costs.moe import expert_parameters, moe_layers
-from minillm.costs.moe_card import PublishedMoE, printed_value, rounds_to
+from minillm.costs.moe_card import PublishedMoE
 from minillm.costs.parameters import active_parameters, parameters, parameters_by_part
 from minillm.costs.published import PUBLISHED_MODELS, PublishedModel
 from minillm.costs.published_moe import PUBLISHED_MOE_MODELS, MoEFigures, moe_figures
@@ -48,7 +48,5 @@ __all__ = [
     "moe_layers",
     "parameters",
     "parameters_by_part",
-    "printed_value",
-    "rounds_to",
     "training_flops",
 ]

@@ -1,6 +1,5 @@
 """The card of a published mixture of experts: its shapes, what follows from them, and what its paper prints."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -178,21 +177,3 @@ class PublishedMoE:
         if self.latent is None:
             return 4 * self.n_heads * self.head_dim
         return 2 * self.n_heads * (self.latent.nope_dim + self.latent.rope_dim + self.latent.value_dim)
-
-
-_UNITS = {"K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
-
-
-def printed_value(printed: str) -> tuple[float, float]:
-    """A figure as printed, "96.6B" for instance, and half a unit of its last digit: (96.6e9, 0.05e9)."""
-    match = re.fullmatch(r"\d+(?:\.(\d+))?([KMBGT])", printed)
-    if match is None:
-        raise ValueError(f"printed must be a number and one of {', '.join(_UNITS)}, got {printed!r}")
-    unit = _UNITS[match[2]]
-    return float(printed[:-1]) * unit, 0.5 * unit / 10 ** len(match[1] or "")
-
-
-def rounds_to(value: float, printed: str) -> bool:
-    """Whether ``value`` lies within half a unit of the last printed digit."""
-    number, half = printed_value(printed)
-    return abs(value - number) <= half

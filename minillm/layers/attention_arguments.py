@@ -47,13 +47,3 @@ def check_mask_and_bias(mask: Tensor | None, bias: Tensor | None, scores: tuple[
         sizes = tuple(tensor.shape)
         if len(sizes) > 4 or any(a not in (1, b) for a, b in zip(reversed(sizes), reversed(scores), strict=False)):
             raise ValueError(f"{name} must broadcast to (batch, heads, query, key) = {scores}, got shape {sizes}")
-
-
-def at_least(name: str, value: int, minimum: int) -> None:
-    """Raise TypeError unless ``value`` is an integer, ValueError unless it lies between ``minimum`` and 2**31."""
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < minimum:
-        raise ValueError(f"{name} must be at least {minimum}, got {value}")
-    if value > 2**31:  # so that no product of two leaves int64
-        raise ValueError(f"{name} must be at most 2**31, got {value}")

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from minillm.layers.attention_arguments import at_least
+from minillm.layers.arguments import at_least
 
 DEAD, PARTIAL, FULL = 0, 1, 2
 _PAIRS_AT_ONCE = 2**18  # looked at together when a tile has to be looked into: 2 MiB of 8-byte integers

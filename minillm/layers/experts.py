@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from minillm.layers.arguments import at_least, true_or_false
 from minillm.layers.gradient_buffers import GradientBuffers
 from minillm.layers.grouped_experts import Weights, activate, grouped_experts, one_expert
 
@@ -34,12 +35,8 @@ class Experts(nn.Module):
     ) -> None:
         super().__init__()
         for name, value in (("d_model", d_model), ("d_ff", d_ff), ("n_experts", n_experts)):
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"{name} must be an integer, got {value!r}")
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if not isinstance(bias, bool):
-            raise TypeError(f"bias must be True or False, got {bias!r}")
+            at_least(name, value, 1)
+        true_or_false("bias", bias)
         if activation not in get_args(Activation):
             raise ValueError(f"activation must be one of {', '.join(get_args(Activation))}, got {activation!r}")
         self.d_model, self.d_ff, self.n_experts, self.activation = d_model, d_ff, n_experts, activation

@@ -53,3 +53,12 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.down(F.silu(self.gate(x)) * self.up(x))
         return out
+
+
+def feed_forward(d_model: int, d_ff: int, *, activation: str, bias: bool) -> FeedForward | SwiGLU:
+    """The layer with that activation: "gelu", "gelu_tanh" or "swiglu"; ValueError naming these for another."""
+    if activation == "swiglu":
+        return SwiGLU(d_model, d_ff, bias=bias)
+    if activation not in ("gelu", "gelu_tanh"):
+        raise ValueError(f"activation must be one of gelu, gelu_tanh, swiglu, got {activation!r}")
+    return FeedForward(d_model, d_ff, approximate="tanh" if activation == "gelu_tanh" else "none", bias=bias)

@@ -12,10 +12,10 @@ class GradientBuffers:
     """Hands out memory, and takes it back when the last tensor in it is gone.
 
     On a CPU, memory of many megabytes comes from the operating system anew for each tensor, which clears every page at
-    its first touch. For an expert's gradient that takes as long as the matrix product of 128 rows that fills it, and
-    the stack of 64 experts is such a tensor in each step. So one buffer for each parameter is kept when an optimizer's
-    ``zero_grad`` drops the gradient. A gradient that is still in somebody's hands is never touched: the memory comes
-    back only when its storage is freed, and until then others get memory of their own.
+    its first touch. For an expert's gradient that is work of the order of the product of a hundred rows that fills it,
+    and the stack of 64 experts is such a tensor in each step. So one buffer for each parameter is kept when an
+    optimizer's ``zero_grad`` drops the gradient. A gradient that is still in somebody's hands is never touched: the
+    memory comes back only when its storage is freed, and until then others get memory of their own.
 
     A copied or pickled object starts empty.
     """

@@ -7,9 +7,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from minillm.layers.arguments import at_least
 from minillm.layers.dispatch import einsum_dispatch, expert_capacity, kept_assignments, sorted_dispatch
 from minillm.layers.experts import Activation, Experts
-from minillm.layers.feed_forward import FeedForward, SwiGLU
+from minillm.layers.feed_forward import FeedForward, SwiGLU, feed_forward
 from minillm.layers.routers import Router, Routing, make_router
 
 _DISPATCHES = {"sorted": sorted_dispatch, "einsum": einsum_dispatch}
@@ -98,17 +99,16 @@ class MixtureOfExperts(nn.Module):
                 raise TypeError(f"{name} must be None or a number, got {factor!r}")
             if factor is not None and not 0.0 < factor < math.inf:
                 raise ValueError(f"{name} must be above 0 and finite, got {factor}")
-        if not isinstance(n_shared_experts, int) or isinstance(n_shared_experts, bool):
-            raise TypeError(f"n_shared_experts must be an integer, got {n_shared_experts!r}")
-        if n_shared_experts < 0:
-            raise ValueError(f"n_shared_experts must be at least 0, got {n_shared_experts}")
+        at_least("n_shared_experts", n_shared_experts, 0)
+        if n_shared_experts and activation == "relu":
+            raise ValueError("n_shared_experts must be 0 for activation='relu': the dense layer has no ReLU")
         if dispatch not in _DISPATCHES:
             raise ValueError(f"dispatch must be one of {', '.join(_DISPATCHES)}, got {dispatch!r}")
         self.capacity_factor, self.eval_capacity_factor, self.dispatch = capacity_factor, eval_capacity_factor, dispatch
         self.experts = Experts(d_model, d_ff, n_experts, activation=activation, bias=bias)
         self.shared: SwiGLU | FeedForward | None = None
         if n_shared_experts:
-            self.shared = _feed_forward(d_model, n_shared_experts * d_ff, activation, bias)
+            self.shared = feed_forward(d_model, n_shared_experts * d_ff, activation=activation, bias=bias)
 
     def forward(self, x: Tensor, *, token_mask: Tensor | None = None) -> tuple[Tensor, MoERecord]:
         """The mixture's answer to each token, and what the router did.
@@ -140,11 +140,3 @@ class MixtureOfExperts(nn.Module):
         if self.shared is not None:
             out = out + self.shared(x)
         return out, MoERecord(routing, kept)
-
-
-def _feed_forward(d_model: int, d_ff: int, activation: Activation, bias: bool) -> SwiGLU | FeedForward:
-    if activation == "swiglu":
-        return SwiGLU(d_model, d_ff, bias=bias)
-    if activation == "relu":
-        raise ValueError("n_shared_experts must be 0 for activation='relu': the dense layer has no ReLU")
-    return FeedForward(d_model, d_ff, approximate="tanh" if activation == "gelu_tanh" else "none", bias=bias)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minillm.layers.attention_arguments import at_least
+from minillm.layers.arguments import at_least
 from minillm.layers.block_layout import BlockLayout, Extent, block_layout
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from minillm.layers.attention_arguments import at_least
+from minillm.layers.arguments import at_least
 from minillm.layers.sparse_algebra import Pattern
 from minillm.layers.sparse_patterns import (
     band,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from minillm.layers.attention_arguments import at_least
+from minillm.layers.arguments import at_least
 from minillm.layers.block_layout import Extent
 from minillm.layers.sparse_algebra import Pattern
 

@@ -1,11 +1,9 @@
 """A transformer block: attention and feed-forward, each behind a norm, each added to what came in."""
 
-from typing import Literal
-
 from torch import Tensor, nn
 
 from minillm.layers.attention import MultiHeadAttention
-from minillm.layers.feed_forward import FeedForward, SwiGLU
+from minillm.layers.feed_forward import feed_forward
 from minillm.layers.heads import Attend
 from minillm.layers.kv_cache import LayerKVCache
 from minillm.layers.moe import MixtureOfExperts, MoERecord
@@ -25,10 +23,7 @@ def norm(config: TransformerConfig) -> nn.Module:
 def _feed_forward(config: TransformerConfig, layer: int) -> nn.Module:
     if config.moe is not None and config.has_experts(layer):
         return config.moe.layer(config.d_model, config.d_ff, activation=config.activation, bias=config.bias)
-    if config.activation == "swiglu":
-        return SwiGLU(config.d_model, config.d_ff, bias=config.bias)
-    approximate: Literal["none", "tanh"] = "tanh" if config.activation == "gelu_tanh" else "none"
-    return FeedForward(config.d_model, config.d_ff, approximate=approximate, bias=config.bias)
+    return feed_forward(config.d_model, config.d_ff, activation=config.activation, bias=config.bias)
 
 
 class TransformerBlock(nn.Module):

@@ -1,5 +1,6 @@
 """Cards of published mixtures: against transformers' models of those shapes, their FLOPs, and the printed figures."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -13,14 +14,30 @@ from minillm.costs import (
     forward_flops,
     moe_figures,
     parameters,
-    printed_value,
-    rounds_to,
 )
 from minillm.costs.moe_card import LatentAttention
 from minillm.costs.published_moe import SPAN_CORRUPTION
 from minillm.models import presets
 
 _OPTIONS = {"attn_implementation": "eager", "experts_implementation": "eager"}
+
+
+_UNITS = {"K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
+
+
+def printed_value(printed: str) -> tuple[float, float]:
+    """A figure as printed, "96.6B" for instance, and half a unit of its last digit: (96.6e9, 0.05e9)."""
+    match = re.fullmatch(r"\d+(?:\.(\d+))?([KMBGT])", printed)
+    if match is None:
+        raise ValueError(f"printed must be a number and one of {', '.join(_UNITS)}, got {printed!r}")
+    unit = _UNITS[match[2]]
+    return float(printed[:-1]) * unit, 0.5 * unit / 10 ** len(match[1] or "")
+
+
+def rounds_to(value: float, printed: str) -> bool:
+    """Whether ``value`` lies within half a unit of the last printed digit."""
+    number, half = printed_value(printed)
+    return abs(value - number) <= half
 
 
 def _theirs(card):
@@ -251,6 +268,14 @@ def test_figures_are_the_cards():
     assert len(moe_figures(1)) == len(rows)
 
 
+def test_half_a_unit_of_the_last_digit_is_meant_by_a_printed_figure():
+    assert printed_value("96.6B") == pytest.approx((96.6e9, 0.05e9))
+    assert rounds_to(46.74e9, "46.7B")
+    assert not rounds_to(46.76e9, "46.7B")
+    with pytest.raises(ValueError, match="printed must be a number and one of K, M, B, G, T, got 'many'"):
+        printed_value("many")
+
+
 def test_bad_numbers_are_refused_by_name():
     switch, mixtral = PUBLISHED_MOE_MODELS["Switch-Base"], PUBLISHED_MOE_MODELS["Mixtral 8x7B"]
     for call, message in (
@@ -259,7 +284,6 @@ def test_bad_numbers_are_refused_by_name():
         (lambda: switch.forward_flops(3, 0), "target must be at least 1, got 0"),
         (lambda: switch.weight_flops(3), "target must be a number of tokens for Switch-Base, got None"),
         (lambda: mixtral.weight_flops(3, 4), "target must be None .there is no encoder. for Mixtral 8x7B, got 4"),
-        (lambda: printed_value("many"), "printed must be a number and one of K, M, B, G, T, got 'many'"),
     ):
         with pytest.raises(ValueError, match=message):
             call()

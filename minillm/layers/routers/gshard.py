@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from minillm.layers.routers.router import Router, require_switch
+from minillm.layers.arguments import true_or_false
+from minillm.layers.routers.router import Router
 from minillm.layers.routers.routing import Routing
 
 
@@ -39,7 +40,7 @@ class GShardRouter(Router):
         jitter: float = 0.0,
     ) -> None:
         super().__init__(d_model, n_experts, k, balance_loss=balance_loss, z_loss=z_loss, jitter=jitter)
-        require_switch("random_second", random_second)
+        true_or_false("random_second", random_second)
         if k != 2:
             raise ValueError(f"k must be 2 for GShard's gating, got {k}")
         self.random_second = random_second

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.nn import functional as F
 
+from minillm.layers.arguments import non_negative
 from minillm.layers.routers.router import Router
 from minillm.layers.routers.routing import Routing
 
@@ -50,10 +51,7 @@ class NoisyTopKRouter(Router):
     ) -> None:
         super().__init__(d_model, n_experts, k, balance_loss=0.0, z_loss=z_loss)
         for name, number in (("importance_loss", importance_loss), ("load_loss", load_loss)):
-            if not isinstance(number, int | float) or isinstance(number, bool):
-                raise TypeError(f"{name} must be a number, got {number!r}")
-            if not 0.0 <= number < math.inf:
-                raise ValueError(f"{name} must be at least 0 and finite, got {number}")
+            non_negative(name, number)
         self.importance_loss, self.load_loss = importance_loss, load_loss
         self.noise_weight = nn.Parameter(torch.zeros(n_experts, d_model))
         nn.init.zeros_(self.weight)

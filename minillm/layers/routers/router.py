@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.nn import functional as F
 
+from minillm.layers.arguments import at_least, non_negative
 from minillm.layers.routers.losses import load_balancing_loss, router_z_loss
 from minillm.layers.routers.routing import Routing
 
@@ -44,17 +45,11 @@ class Router(nn.Module):
     ) -> None:
         super().__init__()
         for name, value in (("d_model", d_model), ("n_experts", n_experts), ("k", k)):
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"{name} must be an integer, got {value!r}")
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+            at_least(name, value, 1)
         if k > n_experts:
             raise ValueError(f"k must be at most n_experts={n_experts}, got {k}")
         for name, number in (("balance_loss", balance_loss), ("z_loss", z_loss), ("jitter", jitter)):
-            if not isinstance(number, int | float) or isinstance(number, bool):
-                raise TypeError(f"{name} must be a number, got {number!r}")
-            if not 0.0 <= number < math.inf:
-                raise ValueError(f"{name} must be at least 0 and finite, got {number}")
+            non_negative(name, number)
         if jitter >= 1.0:
             raise ValueError(f"jitter must be below 1, got {jitter}")
         self.d_model, self.n_experts, self.k = d_model, n_experts, k
@@ -102,12 +97,6 @@ class Router(nn.Module):
     def route(self, logits: Tensor, x: Tensor) -> Routing:
         """What to do with ``logits``; ``x`` is there for routers that look at the token a second time."""
         raise NotImplementedError(f"{type(self).__name__} has no route: take a router that has one, such as TopKRouter")
-
-
-def require_switch(name: str, value: bool) -> None:
-    """TypeError naming an argument that is neither True nor False."""
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
 def _refuse_unless_finite(logits: Tensor) -> None:

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from minillm.layers.arguments import non_negative, true_or_false
 from minillm.layers.routers.losses import load_balancing_loss, router_z_loss
-from minillm.layers.routers.router import Router, require_switch
+from minillm.layers.routers.router import Router
 from minillm.layers.routers.routing import Routing
 
 
@@ -56,13 +57,12 @@ class SigmoidRouter(Router):
         z_loss: float = 0.0,
     ) -> None:
         super().__init__(d_model, n_experts, k, balance_loss=balance_loss, z_loss=z_loss)
-        require_switch("renormalise", renormalise)
+        true_or_false("renormalise", renormalise)
+        non_negative("bias_rate", bias_rate)
         if not isinstance(scaling, int | float) or isinstance(scaling, bool):
             raise TypeError(f"scaling must be a number, got {scaling!r}")
         if not 0.0 < scaling < math.inf:
             raise ValueError(f"scaling must be above 0 and finite, got {scaling}")
-        if not 0.0 <= bias_rate < math.inf:
-            raise ValueError(f"bias_rate must be at least 0 and finite, got {bias_rate}")
         for name, value in (("n_groups", n_groups), ("groups_per_token", groups_per_token)):
             if not isinstance(value, int) or isinstance(value, bool):
                 raise TypeError(f"{name} must be an integer, got {value!r}")
@@ -123,8 +123,7 @@ class SigmoidRouter(Router):
         if assigned.shape != self.bias.shape:
             raise ValueError(f"assigned must be (n_experts={self.n_experts},), got {tuple(assigned.shape)}")
         rate = self.bias_rate if rate is None else rate
-        if not 0.0 <= rate < math.inf:
-            raise ValueError(f"rate must be at least 0 and finite, got {rate}")
+        non_negative("rate", rate)
         # The sign of mean - assigned, in integers: no rounding moves a bias whose expert has exactly its share.
         lacking = (assigned.sum() - self.n_experts * assigned).sign()
         self.bias.add_(lacking.to(self.bias), alpha=rate)

@@ -2,7 +2,8 @@
 
 from torch import Tensor
 
-from minillm.layers.routers.router import Router, require_switch
+from minillm.layers.arguments import true_or_false
+from minillm.layers.routers.router import Router
 from minillm.layers.routers.routing import Routing
 
 
@@ -14,7 +15,7 @@ class TopKRouter(Router):
     language-modelling loss when k is 1. Between equal probabilities ``torch.topk`` decides.
 
     The balance loss counts all k choices. `transformers` multiplies the same loss by k, and takes f and P over all
-    layers at once: a coefficient from there is k times as large here.
+    layers at once: for one layer a coefficient from there has to be k times as large here to pull as hard.
 
     Args: as :class:`Router`.
     """
@@ -31,7 +32,7 @@ class TopKRouter(Router):
         jitter: float = 0.0,
     ) -> None:
         super().__init__(d_model, n_experts, k, balance_loss=balance_loss, z_loss=z_loss, jitter=jitter)
-        require_switch("renormalise", renormalise)
+        true_or_false("renormalise", renormalise)
         self.renormalise = renormalise
 
     def route(self, logits: Tensor, x: Tensor) -> Routing:
