@@ -1,7 +1,13 @@
-"""Shared by every test: one torch thread per worker, one seed, GPU tests skipped with a reason."""
+"""Shared by every test: one torch thread per worker, one seed; without a GPU, kernels interpreted and GPU tests skipped."""
+
+import os
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Triton asks for this once, when something first imports it: any test may be that something.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(autouse=True)
