@@ -1,4 +1,4 @@
-"""Shared by every test: one torch thread per worker, one seed; without a GPU, kernels interpreted and GPU tests skipped."""
+"""Shared by every test: one torch thread per worker, one seed; without a GPU, kernels interpreted, GPU tests skipped."""
 
 import os
 

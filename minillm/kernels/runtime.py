@@ -68,10 +68,11 @@ def triton_problem(device: torch.device) -> str | None:
     if not _INSTALLED:
         return "Triton is not installed (it has wheels for Linux only: pip install triton)"
     if device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
+        properties = torch.cuda.get_device_properties(device)
+        capability = (properties.major, properties.minor)
         if capability >= OLDEST_CAPABILITY:
             return None
-        return f"the kernels need compute capability 8.0 (Ampere) or newer, and {device} has {capability}"
+        return f"the kernels need compute capability {OLDEST_CAPABILITY} (Ampere) or newer, {device} has {capability}"
     if interpreted():
         return None
     if "triton" in sys.modules:
