@@ -83,7 +83,7 @@ def assert_untouched(tensor: Tensor) -> None:
 
 @contextmanager
 def watched_memory(*, races: bool = True) -> Iterator[None]:
-    """Look at every address that interpreted kernels touch in this block; raise :class:`BadAccessError` for a wrong one.
+    """Look at every address that interpreted kernels touch in this block: :class:`BadAccessError` for a wrong one.
 
     Wrong is: an address that is no element of any tensor the kernel was given (checked before it is touched). And with
     ``races`` an address that one program writes and another reads or writes too, which on a GPU run at the same
