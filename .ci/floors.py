@@ -1,6 +1,7 @@
 """Print the oldest version of each direct dependency that pyproject.toml allows, as a pip constraints file.
 
-torch is the exception: it keeps the pin of constraints.txt, the only one that is a CPU build everywhere.
+torch is the exception: it keeps the pin of constraints.txt, the only one that is a CPU build everywhere; and Triton with
+it, whose version torch's CUDA builds name exactly.
 """
 
 import re
@@ -12,7 +13,7 @@ REQUIREMENT = re.compile(r"(?P<name>[\w.-]+)>=(?P<floor>[\w.]+)(?:;(?P<marker>.*
 
 
 def floors(pyproject: str, constraints: str) -> list[str]:
-    """One `name==floor` line for each requirement of the project and of its extras; torch's line is `constraints`'."""
+    """One `name==floor` line for each requirement of the project and of its extras; torch's and Triton's are `constraints`'."""
     project = tomllib.loads(pyproject)["project"]
     lines = []
     for requirement in [
@@ -24,8 +25,8 @@ def floors(pyproject: str, constraints: str) -> list[str]:
             raise ValueError(
                 f"pyproject.toml: {requirement!r} is not of the form name>=version; its floor is not known"
             )
-        if match["name"] == "torch":
-            lines += [line for line in constraints.splitlines() if line.startswith("torch==")]
+        if match["name"] in ("torch", "triton"):
+            lines += [line for line in constraints.splitlines() if line.startswith(f"{match['name']}==")]
         elif match["marker"] is None:
             lines.append(f"{match['name']}=={match['floor']}")
     return lines

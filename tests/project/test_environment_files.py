@@ -157,6 +157,7 @@ def test_floors_are_read_from_pyproject() -> None:
     ]
     oldest = {requirement.name: str(requirement.specifier) for requirement in lines}
     assert oldest.pop("torch") == "==2.13.0"
+    assert oldest.pop("triton") == f"=={pinned('triton')}"
     declared = {
         requirement.name: f"=={specifier.version}"
         for requirement in DIRECT
