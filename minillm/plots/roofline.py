@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -52,15 +53,23 @@ def roofline(
             meets = ceiling / bytes_per_second
             if ceiling < highest:
                 axes.plot([meets, right], [ceiling, ceiling], "--", color=GREY, linewidth=1.2)
-            _note(axes, (right, ceiling), (-4, 4), f"{label}: {_short(ceiling)} operations/s", "right")
+            _note(axes, (right, ceiling), (-4, 8), f"{label}: {_short(ceiling)} operations/s", "right")
         middle = math.sqrt(left * ridge)
         _note(axes, (middle, middle * bytes_per_second), (-6, 4), f"{_short(bytes_per_second)}B/s", "right")
         axes.plot([ridge, ridge], [left * bytes_per_second, highest], ":", color=GREY, linewidth=1.2)
-        for number, (label, (intensity, speed, measured)) in enumerate(points.items()):
+        together: dict[tuple[float, float, bool], list[str]] = {}  # operators at one place share a mark and a colour
+        for label, point in points.items():
+            together.setdefault(point, []).append(label)
+        for number, ((intensity, speed, measured), labels) in enumerate(together.items()):
             colour = COLOURS[number % (len(COLOURS) - 1)]  # without the black of the roof
-            axes.plot(
-                *([intensity], [speed]), "o" if measured else "D", color=colour, markersize=8, label=label, zorder=3
-            )
+            mark: dict[str, Any] = {
+                "marker": "o" if measured else "D",
+                "markersize": 8,
+                "linestyle": "",
+                "color": colour,
+                "zorder": 3,
+            }
+            axes.plot([intensity], [speed], label=", ".join(labels), **mark)
         axes.set(xlim=(left, right), ylim=(None, highest * 2.5))
         axes.set(xlabel="operations for each byte moved", ylabel="operations per second")
         for text in figure.legend(loc="outside lower center", ncols=min(4, len(points))).get_texts():

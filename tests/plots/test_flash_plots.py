@@ -35,6 +35,11 @@ def test_an_operator_above_the_ridge_stands_on_the_flat_part() -> None:
     assert np.asarray(point.get_ydata()).tolist() == [1e11]
 
 
+def test_operators_at_one_place_share_a_mark() -> None:
+    axes = roofline({"float32": 1e11}, 1e10, {"scores": 2.0, "softmax": 1.0, "sum": 2.0}).axes[0]
+    assert [line.get_label() for line in axes.lines if line.get_marker() == "D"] == ["scores, sum", "softmax"]
+
+
 @pytest.mark.parametrize(
     ("flops", "n_bytes", "operators", "words"),
     [
