@@ -3,7 +3,27 @@
 ``import minillm.kernels`` needs no Triton and no GPU.
 """
 
+from minillm.kernels.adamw_step import adamw_step
+from minillm.kernels.gated import geglu, swiglu
+from minillm.kernels.grouped_matmul import grouped_matmul
+from minillm.kernels.layer_norm import layer_norm
+from minillm.kernels.linear_activation import fold_batch_norm, linear_activation
+from minillm.kernels.rms_norm import rms_norm
+from minillm.kernels.rope import rope
 from minillm.kernels.runtime import Backend, choose_backend
 from minillm.kernels.softmax import softmax
 
-__all__ = ["Backend", "choose_backend", "softmax"]
+__all__ = [
+    "Backend",
+    "adamw_step",
+    "choose_backend",
+    "fold_batch_norm",
+    "geglu",
+    "grouped_matmul",
+    "layer_norm",
+    "linear_activation",
+    "rms_norm",
+    "rope",
+    "softmax",
+    "swiglu",
+]

@@ -15,6 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw as torch_adamw
 
+from minillm.kernels.adamw_step import check_hyperparameters
+from minillm.kernels.adamw_step.reference import adamw_step_reference
+
 
 class AdamW(torch.optim.Optimizer):
     """Adam with decoupled weight decay.
@@ -95,18 +98,20 @@ class AdamW(torch.optim.Optimizer):
 
     def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
         """The formulas of the class, one line each."""
-        lr, (beta1, beta2) = group["lr"], group["betas"]
         gradient, state = parameter.grad, self.state[parameter]
         assert gradient is not None
-        mean, mean_square = state["exp_avg"], state["exp_avg_sq"]
         state["step"] += 1
-        step = state["step"].item()
-
-        parameter.mul_(1 - lr * group["weight_decay"])
-        mean.lerp_(gradient, 1 - beta1)
-        mean_square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        root = (mean_square.sqrt() / math.sqrt(1 - beta2**step)).add_(group["eps"])
-        parameter.addcdiv_(mean, root, value=-lr / (1 - beta1**step))
+        adamw_step_reference(
+            parameter,
+            gradient,
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            step=state["step"].item(),
+            lr=group["lr"],
+            betas=group["betas"],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+        )
 
     def _fused_update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         states = [self.state[parameter] for parameter in parameters]
@@ -162,12 +167,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def _check_group(group: dict[str, Any]) -> None:
-    for name in ("lr", "eps", "weight_decay"):
-        value = group[name]
-        if not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
-    if len(group["betas"]) != 2 or not all(0 <= beta < 1 for beta in group["betas"]):
-        raise ValueError(f"betas must be two numbers in [0, 1), got {group['betas']!r}")
+    check_hyperparameters(lr=group["lr"], betas=group["betas"], eps=group["eps"], weight_decay=group["weight_decay"])
     for parameter in group["params"]:
         if not parameter.is_floating_point():
             raise TypeError(f"AdamW needs real floating-point parameters, got one of dtype {parameter.dtype}")

@@ -1,5 +1,6 @@
 """Where a token stands: every way in which a transformer is told the order of its tokens."""
 
+from minillm.kernels.rope.reference import rotate
 from minillm.layers.positions.alibi import AlibiBias, alibi_bias, alibi_slopes
 from minillm.layers.positions.learned import LearnedPositions
 from minillm.layers.positions.rope_scaling import (
@@ -14,7 +15,6 @@ from minillm.layers.positions.rotary import (
     RotaryEmbedding,
     rope_decay,
     rope_frequencies,
-    rotate,
     to_half_layout,
     to_interleaved_layout,
 )
