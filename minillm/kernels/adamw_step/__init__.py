@@ -96,6 +96,8 @@ def adamw_step(
             weight_decay=weight_decay,
             eps=eps,
         )
+        # It tells autograd nothing: a backward pass that still needs the old values would take the new ones.
+        torch.autograd.graph.increment_version([parameter, exp_avg, exp_avg_sq])
     else:
         adamw_step_reference(
             parameter, gradient, exp_avg, exp_avg_sq, step=step, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay

@@ -11,10 +11,9 @@ _BLOCK = 1024  # 128 threads with 8 numbers each: 16 bytes of a half-precision t
 
 
 def _rows(*tensors: Tensor) -> list[Tensor]:
-    """The tensors as rows; as one long row if all are contiguous, so that no block ends in the middle of nowhere."""
-    if all(tensor.is_contiguous() for tensor in tensors):
-        return [tensor.view(1, -1) for tensor in tensors]
-    return [as_rows(tensor) for tensor in tensors]
+    """The tensors as rows; as one long row if they all follow each other in memory, for whole blocks but the last."""
+    rows = [as_rows(torch.atleast_1d(tensor)) for tensor in tensors]  # type: ignore[no-untyped-call]
+    return [row.view(1, -1) for row in rows] if all(row.is_contiguous() for row in rows) else rows
 
 
 def _grid(rows: Tensor) -> tuple[int]:
