@@ -14,9 +14,12 @@ from minillm.layers.expert_preferences import (
 )
 from minillm.layers.experts import Experts
 from minillm.layers.feed_forward import FeedForward, SwiGLU
+from minillm.layers.flash import FlashAttention, flash_attention
+from minillm.layers.flash_varlen import flash_attention_varlen
 from minillm.layers.kv_cache import KVCache, LayerKVCache, RollingLayerKVCache
 from minillm.layers.moe import MixtureOfExperts, MoERecord
 from minillm.layers.norms import LayerNorm, RMSNorm
+from minillm.layers.online_softmax import merge_partial_attention
 from minillm.layers.positions import (
     AlibiBias,
     LearnedPositions,
@@ -51,6 +54,7 @@ __all__ = [
     "CrossMemory",
     "Experts",
     "FeedForward",
+    "FlashAttention",
     "KVCache",
     "LayerKVCache",
     "LayerNorm",
@@ -80,7 +84,10 @@ __all__ = [
     "expert_lift",
     "expert_preferences",
     "expert_token_counts",
+    "flash_attention",
+    "flash_attention_varlen",
     "main_experts",
+    "merge_partial_attention",
     "plain_scaled_dot_product_attention",
     "routing_statistics",
     "scaled_dot_product_attention",

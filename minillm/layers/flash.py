@@ -108,7 +108,9 @@ def flash_attention(
     chosen = choose_backend(
         backend,
         *(query, key, value) if alibi_slopes is None else (query, key, value, alibi_slopes),
-        triton_refuses="the kernels have no dropout" if dropout else triton_refuses(query, key, value),
+        triton_refuses="the kernels have no dropout"
+        if dropout
+        else triton_refuses(query, key, value, block_size=None if layout is None else layout.block_size),
         torch_refuses=torch_refuses(
             query, key, value, causal, window, alibi_slopes, layout=layout, dropout=dropout, return_lse=return_lse
         ),
@@ -118,8 +120,10 @@ def flash_attention(
     if chosen == "triton":
         sparse = None
         if layout is not None:
-            parts = (layout.states, layout.mask_numbers, layout.masks)
-            sparse = BlockSparse(*(part.to(query.device) for part in parts), layout.block_size)
+            states, numbers, masks = (
+                part.to(query.device) for part in (layout.states, layout.mask_numbers, layout.masks)
+            )
+            sparse = BlockSparse(states=states, mask_numbers=numbers, masks=masks, block_size=layout.block_size)
         output, log_sums = triton_flash_attention(
             query, key, value, causal=causal, window=window, alibi_slopes=alibi_slopes, scale=scale, sparse=sparse
         )

@@ -53,6 +53,7 @@ def flash_attention_1_forward(
             walk.store("output", tile.queries, output)
             walk.store("total", tile.queries, new_total)
             walk.store("highest", tile.queries, risen)
+            del scores, weights, kept  # before the next tile's are made
     log_sums = walk.take("highest", query) + walk.take("total", query).log()
     return walk.take("output", query).to(query.dtype), log_sums.squeeze(-1)
 
@@ -121,16 +122,19 @@ def flash_attention_backward(
         for tile in walk.tiles_of_column(column, part):
             queries, d_outputs = walk.load("query", tile.queries), walk.load("d_output", tile.queries)
             log_sum, delta = walk.load("log_sum", tile.queries), walk.load("delta", tile.queries)
-            weights = exponential_(walk.scores(tile, queries, keys).sub_(log_sum))
+            scores = walk.scores(tile, queries, keys)
+            weights = exponential_(scores.sub_(log_sum))
             d_weights = d_outputs @ values.mT
             kept = walk.kept(tile)
             if kept is not None:
                 d_weights.mul_(kept)
-            d_values.baddbmm_((weights if kept is None else kept.mul_(weights)).mT, d_outputs)
+            dropped = weights if kept is None else kept.mul_(weights)
+            torch.baddbmm(d_values, dropped.mT, d_outputs, out=d_values)
             d_scores = d_weights.sub_(delta).mul_(weights)
-            d_keys.baddbmm_(d_scores.mT, queries, alpha=walk.scale)
+            torch.baddbmm(d_keys, d_scores.mT, queries, alpha=walk.scale, out=d_keys)
             d_query = torch.baddbmm(walk.load("d_query", tile.queries), d_scores, keys, alpha=walk.scale)
             walk.store("d_query", tile.queries, d_query)
+            del scores, weights, d_weights, d_scores, kept, dropped  # before the next tile's are made
         walk.store("d_key", part, d_keys)
         walk.store("d_value", part, d_values)
     return (

@@ -183,7 +183,8 @@ class Walk:
         """Scaled, biased, masked with -inf: (n, g * rows, keys), for the caller to overwrite."""
         unused = queries.new_empty(1, 1, 1)
         scores = torch.baddbmm(unused, queries, keys.mT, beta=0, alpha=self.scale)
-        by_head = scores.view(self.batch, self.n_kv_heads, self.groups, tile.queries.stop - tile.queries.start, -1)
+        rows = scores.size(1) // self.groups
+        by_head = scores.view(self.batch, self.n_kv_heads, self.groups, rows, scores.size(2))
         if self.slopes is not None:
             by_head.addcmul_(self.slopes, self._distance(tile).abs_().to(self.dtype), value=-1)
         if tile.masked:
@@ -223,7 +224,9 @@ class Walk:
             for axis, part in enumerate(places)
         )
         kept = attention_dropout_kept(batch, head, query, key, p=p, seed=self.settings.seed)
-        return (kept.to(self.dtype) / (1 - p)).view(self.batch * self.n_kv_heads, -1, kept.size(3))
+        return (kept.to(self.dtype) / (1 - p)).view(
+            self.batch * self.n_kv_heads, self.groups * kept.size(2), kept.size(3)
+        )
 
 
 def _parts(length: int, size: int) -> Iterator[tuple[int, slice]]:

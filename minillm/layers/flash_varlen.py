@@ -88,10 +88,10 @@ def flash_attention_varlen(
         key_offsets, key_lengths = query_offsets, _lengths("query_offsets, for keys too,", query_offsets, key.size(1))
     else:
         key_lengths = _lengths("key_offsets", key_offsets, key.size(1))
-    if len(query_lengths) != len(key_lengths):
+    if query_offsets.numel() != key_offsets.numel():
         raise ValueError(
             "query_offsets and key_offsets must be of as many sequences, "
-            f"got {len(query_lengths)} and {len(key_lengths)}"
+            f"got {query_offsets.numel() - 1} and {key_offsets.numel() - 1}"
         )
     query_parts, key_parts, value_parts = (
         torch.split(tensor[None], lengths, 2)
@@ -120,20 +120,12 @@ def flash_attention_varlen(
             max_key_length=max(key_lengths, default=0),
         )
         return (output, log_sums) if return_lse else output
-    outputs, log_sum_parts = [query.new_zeros(1, query.size(0), 0, value.size(2))], []
-    for parts in sequences:
-        if chosen == "torch":
-            outputs.append(torch_flash_attention(*parts, causal, scale))
-            continue
-        settings = FlashSettings(causal, window, alibi_slopes, scale)
-        output, log_sums = tiled_flash_attention(*parts, settings)
-        outputs.append(output)
-        log_sum_parts.append(log_sums)
-    packed = torch.cat(outputs, 2)[0]
-    if not return_lse:
-        return packed
-    wide = torch.promote_types(query.dtype, torch.float32)
-    return packed, torch.cat([query.new_zeros(1, query.size(0), 0, dtype=wide), *log_sum_parts], 2)[0]
+    if chosen == "torch":
+        return torch.cat([torch_flash_attention(*parts, causal, scale) for parts in sequences], 2)[0]
+    settings = FlashSettings(causal, window, alibi_slopes, scale)
+    results = [tiled_flash_attention(*parts, settings) for parts in sequences]
+    packed = torch.cat([output for output, _ in results], 2)[0]
+    return (packed, torch.cat([log_sums for _, log_sums in results], 2)[0]) if return_lse else packed
 
 
 def _lengths(name: str, offsets: Tensor, total: int) -> list[int]:
@@ -145,4 +137,4 @@ def _lengths(name: str, offsets: Tensor, total: int) -> list[int]:
     lengths = [stop - start for start, stop in pairwise(ends)]
     if ends[0] != 0 or ends[-1] != total or min(lengths, default=0) < 0:
         raise ValueError(f"{name} must rise from 0 to the {total} tokens that there are, got {ends}")
-    return lengths
+    return lengths or [0]  # no sequence is one of no tokens
