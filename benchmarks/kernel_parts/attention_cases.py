@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.kernel_parts.measuring import OURS, Aim, Case, Results, Work, d_output_of, wider
 from minillm.costs import live_pairs
-from minillm.layers.flash import flash_attention
+from minillm.layers import flash_attention
 
 TOKENS, WIDTH = 16384, 2048  # a batch has as many tokens, and all heads together are as wide, as in the papers' charts
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)

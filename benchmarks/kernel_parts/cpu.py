@@ -12,9 +12,8 @@ from benchmarks.attention import both_ways, peak_bytes, ratio, take_turns
 from benchmarks.kernel_parts.attention_cases import last_head
 from benchmarks.kernel_parts.measuring import d_output_of, error
 from benchmarks.kernel_parts.operator_cases import loss_in_float64
-from minillm.kernels.linear_cross_entropy import linear_cross_entropy
-from minillm.layers import plain_scaled_dot_product_attention
-from minillm.layers.flash import flash_attention
+from minillm.kernels import linear_cross_entropy
+from minillm.layers import flash_attention, plain_scaled_dot_product_attention
 
 HEADS, HEAD_DIM = 4, 64
 CPU = torch.device("cpu")

@@ -18,6 +18,7 @@ from minillm.kernels.testing import TOLERANCE
 
 Results = tuple[Tensor, ...]
 OURS = "ours"
+NO_TIME = "not measured: the time was used up"
 
 
 @dataclass(frozen=True)
@@ -187,7 +188,7 @@ def rows_of(
             if side == OURS and what in case.published:
                 row["published"] = dict(case.published[what])
             if is_over():
-                yield row | {"failed": "not measured: the time was used up"}
+                yield row | {"failed": NO_TIME}
                 continue
             if expected is None:
                 expected = attempt(lambda: case.exact(*case.inputs))

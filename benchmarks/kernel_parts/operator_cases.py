@@ -11,17 +11,17 @@ from torch.nn import functional as F
 from benchmarks.kernel_parts.measuring import OURS, Aim, Case, Results, Work, in_float64, wider
 from minillm.kernels import (
     adamw_step,
+    cross_entropy,
     grouped_matmul,
     layer_norm,
     linear_activation,
+    linear_cross_entropy,
     rms_norm,
     rope,
     softmax,
+    split_kv_decode,
     swiglu,
 )
-from minillm.kernels.cross_entropy import cross_entropy
-from minillm.kernels.flash_decode import split_kv_decode
-from minillm.kernels.linear_cross_entropy import linear_cross_entropy
 
 
 def operator_cases(device: torch.device, smoke: bool) -> dict[str, Callable[[], Case]]:
