@@ -11,7 +11,13 @@ from minillm.kernels.runtime import Backend, choose_backend
 from minillm.layers.arguments import true_or_false
 from minillm.layers.attention_arguments import check_attention
 from minillm.layers.block_layout import BlockLayout
-from minillm.layers.flash_arguments import check_layout, check_scores, torch_flash_attention, torch_refuses
+from minillm.layers.flash_arguments import (
+    check_layout,
+    check_scores,
+    check_seed,
+    torch_flash_attention,
+    torch_refuses,
+)
 from minillm.layers.flash_autograd import tiled_flash_attention
 from minillm.layers.flash_tiles import FlashSettings
 
@@ -83,7 +89,7 @@ def flash_attention(
             computed. ``causal`` and ``window`` hide more on top.
         dropout: probability of zeroing a weight, whatever the training mode; the others are scaled up. Which ones, a
             counter-based generator says (:mod:`minillm.layers.counter_random`): the same for equal ``seed``, in the
-            forward and the backward pass, whatever the tiles.
+            forward and the backward pass, whatever the tiles. Only the reference has it, so that on a GPU it is slow.
         seed: of dropout, in [0, 2**64); None draws one from torch's generator.
         return_lse: give the log-sum-exp too, by which partial results are merged
             (:func:`minillm.layers.online_softmax.merge_partial_attention`).
@@ -94,7 +100,8 @@ def flash_attention(
     Returns: (batch, n_heads, query_length, value_dim) in the dtype of ``query``; with ``return_lse`` also, in float32
     (float64 for float64), (batch, n_heads, query_length): the natural logarithm of the sum of exp of the scaled scores.
     A query that sees nothing gets zeros and -inf. Differentiable in both. The reference computes in float32 (float64
-    for float64), under autocast too, and once only: a second derivative raises RuntimeError.
+    for float64), under autocast too. A second derivative raises RuntimeError. NaN or infinity in a key or value that is
+    hidden may reach the queries of its tile.
 
     Raises TypeError and ValueError for arguments that do not fit, and for a backend that cannot do the call.
     """
@@ -103,8 +110,8 @@ def flash_attention(
     check_scores(query.size(1), causal, window, alibi_slopes)
     if layout is not None:
         check_layout(layout, query.size(2), key.size(2))
-    if seed is not None and not 0 <= seed < 2**64:
-        raise ValueError(f"seed must be in [0, 2**64), got {seed}")
+    if seed is not None:
+        check_seed(seed)
     chosen = choose_backend(
         backend,
         *(query, key, value) if alibi_slopes is None else (query, key, value, alibi_slopes),

@@ -24,6 +24,14 @@ def check_scores(n_heads: int, causal: bool, window: int | None, alibi_slopes: T
         raise ValueError("alibi_slopes must not require a gradient: they are constants here, give them detached")
 
 
+def check_seed(seed: int) -> None:
+    """Refuse what is no key of Philox."""
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise TypeError(f"seed must be an integer, got {seed!r}")
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed must be in [0, 2**64), got {seed}")
+
+
 def check_layout(layout: BlockLayout, query_length: int, key_length: int) -> None:
     if not isinstance(layout, BlockLayout):
         raise TypeError(f"layout must be a BlockLayout (Pattern.blocks makes one), got {type(layout).__name__}")

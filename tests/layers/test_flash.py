@@ -494,6 +494,43 @@ def test_torch_computes_what_it_computes_without_scores(monkeypatch):
     assert len(calls) == 9
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"causal": True, "window": 30, "alibi_slopes": torch.tensor([0.5, 0.2, 0.1, 0.01]), "scale": 0.4},
+        {"window": 20},
+        {"layout": big_bird(16).blocks(40, 56, 16), "causal": True},
+    ],
+)
+def test_the_kernels_are_the_loops_twins(options):
+    pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    inputs = [
+        t.detach().to(device).requires_grad_() for t in _inputs(40, 56, batch=1, dims=(16, 16), dtype=torch.float32)
+    ]
+    options = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in options.items()}
+    expected = reference(*inputs, return_lse=True, **options)
+    _check(flash_attention(*inputs, return_lse=True, backend="triton", **options), expected, inputs, 1e-5)
+    with pytest.raises(ValueError, match="the kernels have no dropout"):
+        flash_attention(*inputs, backend="triton", dropout=0.1, **options)
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_kernels_and_torch_compile_into_one_graph(backend):
+    if backend == "triton":
+        pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    inputs = [t.detach().to(device).requires_grad_() for t in _inputs(20, 20, dims=(16, 16), dtype=torch.float32)]
+    attend = partial(flash_attention, causal=True, backend=backend)
+    output, expected = torch.compile(attend, backend="aot_eager", fullgraph=True)(*inputs), attend(*inputs)
+    for one, other in zip(
+        (output, *torch.autograd.grad(output.sum(), inputs)),
+        (expected, *torch.autograd.grad(expected.sum(), inputs)),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other)
+
+
 def _wrong(**change: object) -> dict[str, object]:
     return {name: torch.randn(1, 2, 4, 2) for name in ("query", "key", "value")} | change
 
@@ -513,6 +550,7 @@ def _wrong(**change: object) -> dict[str, object]:
         (_wrong(alibi_slopes=torch.ones(2, requires_grad=True)), ValueError, "must not require a gradient"),
         (_wrong(dropout=1.0), ValueError, "dropout must be in"),
         (_wrong(dropout=0.5, seed=-1), ValueError, "seed must be in"),
+        (_wrong(dropout=0.5, seed=1.5), TypeError, "seed must be an integer"),
         (_wrong(layout=causal()), TypeError, "layout must be a BlockLayout"),
         (_wrong(layout=causal().blocks(4, 5, 2)), ValueError, "made for 4 queries and 4 keys"),
         (_wrong(backend="cuda"), ValueError, "backend must be one of"),

@@ -95,6 +95,21 @@ def test_torch_takes_all_sequences_or_none():
     torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
 
 
+def test_one_launch_of_the_kernels_is_all_sequences():
+    pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    inputs, offsets = _packed([11, 0, 40], [20, 10, 40], value_dim=8)
+    expected, expected_log_sums = _expected(inputs, offsets, causal=True, window=None, slopes=None)
+    single = [tensor.detach().float().to(device).requires_grad_() for tensor in inputs]
+    packed = flash_attention_varlen(*single, *offsets, causal=True, return_lse=True, backend="triton")
+    for one, other in zip(packed, (expected, expected_log_sums), strict=True):
+        torch.testing.assert_close(one.cpu().double(), other, rtol=1e-5, atol=1e-5)
+    for one, other in zip(
+        torch.autograd.grad(packed[0].sum(), single), torch.autograd.grad(expected.sum(), inputs), strict=True
+    ):
+        torch.testing.assert_close(one.cpu().double(), other, rtol=1e-5, atol=1e-5)
+
+
 def test_neighbours_are_not_seen():
     inputs, (offsets, _) = _packed([4, 6, 3], [4, 6, 3])
     changed = [tensor.detach().clone() for tensor in inputs]
