@@ -97,12 +97,15 @@ class Case:
 
 
 def d_output_of(output: Tensor) -> Tensor:
-    """The gradient that is sent back into an output: 1 for a loss, else random, the same for every side and dtype."""
+    """The gradient that is sent back into an output: 1 for a loss, else random, the same for every side and dtype.
+
+    With the output's strides, as it would come out of an operator that reads it: some kernels copy any other.
+    """
     if output.dim() == 0:
         return torch.ones_like(output)
     generator = torch.Generator(output.device).manual_seed(1)
     numbers = torch.randn(output.shape, device=output.device, generator=generator)
-    return numbers.bfloat16().to(output.dtype)
+    return torch.empty_like(output).copy_(numbers.bfloat16())
 
 
 def in_float64(operator: Callable[..., Tensor]) -> Callable[..., Results]:
@@ -234,8 +237,8 @@ def attempt(call: Callable[[], Any], *, loud: bool = False) -> Any:
             if loud:
                 traceback.print_exc(limit=-4)  # the innermost calls
             words = [f"{type(problem).__name__}: {problem}", *(str(one.message) for one in said)]
-    gc.collect()
-    if torch.cuda.is_available():
+    if torch.cuda.is_available():  # room for the others
+        gc.collect()
         torch.cuda.empty_cache()
     if words[0].startswith("OutOfMemoryError"):
         return "out of memory"
