@@ -1,4 +1,4 @@
-"""Block-sparse attention as the kernels read it: for each tile of queries the live tiles of keys, and the other way round."""
+"""Block-sparse attention as the kernels read it: for each tile of queries the live tiles of keys, and the reverse."""
 
 from dataclasses import dataclass
 
@@ -24,7 +24,7 @@ class BlockSparse:
     block_size: int
 
     def kernel_block(self, largest: int) -> int:
-        """Side of the tiles that the kernels take: the largest power of two that divides block_size, up to ``largest``."""
+        """Side of the tiles that the kernels take: the largest power of two that divides block_size, or ``largest``."""
         return min(largest, self.block_size & -self.block_size)
 
 
@@ -33,10 +33,10 @@ def block_tables(
 ) -> list[Tensor]:
     """Seven tensors: for the queries' side bounds, tiles and mask numbers, the same for the keys' side, and the masks.
 
-    A layout's tile is cut into tiles of side ``block``, which divides it. A row's live tiles stand in one list, those that
-    need no mask first; ``bounds`` int32 (rows, 3) says where its part begins, where the tiles without a mask end, and
-    where it ends. ``tiles`` and ``numbers`` int32 (live tiles,): the tile on the other side and its mask. Masks: uint8
-    (n + 1, block, block), the last of ones, for a tile that only a ragged edge or the band (``left``, ``right``, see
+    A layout's tile is cut into tiles of side ``block``, which divides it. A row's live tiles stand in one list, those
+    that need no mask first; ``bounds`` int32 (rows, 3) says where its part begins, where the tiles without a mask end,
+    and where it ends. ``tiles`` and ``numbers`` int32 (live tiles,): the tile on the other side and its mask. Masks:
+    uint8 (n + 1, block, block), the last of ones, for a tile that only a ragged edge or the band (``left``, ``right``, see
     :func:`~minillm.kernels.flash_attention.triton_flash_attention`) cuts.
     """
     rows, columns = -(-query_length // block), -(-key_length // block)

@@ -5,9 +5,9 @@
     P = exp(S - lse)    dP = dO V^T    D = rowsum(dO * O) - dlse    dS = P * (dP - D)
     dV = P^T dO         dK = scale * dS^T Q         dQ = scale * dS K
 
-Three kernels: D once a query; here dK and dV, by programs that hold a tile of keys and walk the queries that see it, all heads
-of the group one after the other; and dQ. Each program writes what it alone
-holds, so nothing is added up through memory and the result is the same in every run.
+Three kernels: D, one number a query; here dK and dV, by programs that hold a tile of keys and walk the queries that see
+it, all heads of the group one after the other; and dQ. Each program writes what it alone holds: nothing is added up
+through memory, and the result is the same in every run.
 """
 
 import triton
@@ -34,7 +34,7 @@ def _walk_queries(
     d_output_ptr,  # (query_length, HEAD_DIM)
     lse_ptr, delta_ptr,  # (query_length,)
     query_stride, d_output_stride, query_length, key_length,
-    begin, end,
+    begin, full_begin, full_end, end,  # of the tiles, as live_tiles gives them
     scale,  # in units of log2
     left, right, slope,
     tiles_ptr, numbers_ptr, masks_ptr,
@@ -42,27 +42,29 @@ def _walk_queries(
     LEFT: tl.constexpr, RIGHT: tl.constexpr, ALIBI: tl.constexpr, SPARSE: tl.constexpr,
     UPCAST: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):
-    """dK / scale and dV from the query tiles begin ... end - 1, or, where SPARSE, from those entries of the list."""
+    """dK / scale and dV from the live query tiles with a mask, or from those without."""
     inside = tl.arange(0, BLOCK_M)
     columns = tl.arange(0, BLOCK_D)[None, :]
-    query_offsets = inside[:, None].to(tl.int64) * query_stride + columns
-    d_output_offsets = inside[:, None].to(tl.int64) * d_output_stride + columns
     mask_offsets = inside[None, :] * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
-    for step in range(begin, end):
+    first, n_tiles = full_begin, full_end - full_begin
+    if MASKED:
+        first, n_tiles = begin, end - begin - n_tiles
+    for step in range(first, first + n_tiles):
         tile = step
+        if MASKED:
+            tile += tl.where(step < full_begin, 0, full_end - full_begin)
         mask_pointers = None
         if SPARSE:
-            tile = tl.load(tiles_ptr + step)
             if MASKED:
-                number = tl.load(numbers_ptr + step).to(tl.int64)
+                number = tl.load(numbers_ptr + tile).to(tl.int64)
                 mask_pointers = masks_ptr + number * BLOCK_M * BLOCK_N + mask_offsets
-        start = tile.to(tl.int64) * BLOCK_M
+            tile = tl.load(tiles_ptr + tile)
+        rows = (tile.to(tl.int64) * BLOCK_M + inside)[:, None]
         queries = tile * BLOCK_M + inside
         places = queries + (key_length - query_length)
         exist = queries < query_length
         query = load_rows(
-            query_ptr + start * query_stride + query_offsets,
-            exist[:, None], columns, HEAD_DIM, BLOCK_D, MASKED, UPCAST,
+            query_ptr + rows * query_stride + columns, exist[:, None], columns, HEAD_DIM, BLOCK_D, MASKED, UPCAST
         )
         # Beyond the last query, as for one that sees no key (lse = -inf), exp(S - inf) = 0: no gradient, no NaN.
         if MASKED:
@@ -79,8 +81,7 @@ def _walk_queries(
         )
         weights = tl.exp2(scores - lse[None, :])  # P transposed
         d_output = load_rows(
-            d_output_ptr + start * d_output_stride + d_output_offsets,
-            exist[:, None], columns, HEAD_DIM, BLOCK_D, MASKED, UPCAST,
+            d_output_ptr + rows * d_output_stride + columns, exist[:, None], columns, HEAD_DIM, BLOCK_D, MASKED, UPCAST
         )
         d_value = tl.dot(weights.to(d_output.dtype), d_output, d_value, input_precision=PRECISION, out_dtype=WIDE)
         d_weights = tl.dot(value, tl.trans(d_output), input_precision=PRECISION, out_dtype=WIDE)
@@ -115,17 +116,20 @@ def flash_backward_keys(
     key_start, key_length = sequence(key_offsets_ptr, batch, key_length, VARLEN)
     if tile * BLOCK_N >= key_length:
         return
-    key_ptr += batch * key_stride_b + key_head * key_stride_h + key_start * key_stride_n
-    value_ptr += batch * value_stride_b + key_head * value_stride_h + key_start * value_stride_n
-    d_key_ptr += batch * d_key_stride_b + key_head * d_key_stride_h + key_start * d_key_stride_n
-    d_value_ptr += batch * d_value_stride_b + key_head * d_value_stride_h + key_start * d_value_stride_n
+    start = key_start + tile.to(tl.int64) * BLOCK_N
+    key_ptr += batch * key_stride_b + key_head * key_stride_h + start * key_stride_n
+    value_ptr += batch * value_stride_b + key_head * value_stride_h + start * value_stride_n
+    d_key_ptr += batch * d_key_stride_b + key_head * d_key_stride_h + start * d_key_stride_n
+    d_value_ptr += batch * d_value_stride_b + key_head * d_value_stride_h + start * d_value_stride_n
 
-    keys = tile * BLOCK_N + tl.arange(0, BLOCK_N)  # (BLOCK_N,)
+    inside = tl.arange(0, BLOCK_N)  # (BLOCK_N,)
     columns = tl.arange(0, BLOCK_D)[None, :]  # (1, BLOCK_D)
+    keys = tile * BLOCK_N + inside
     exist = (keys < key_length)[:, None]
-    rows = keys[:, None].to(tl.int64)
-    key = load_rows(key_ptr + rows * key_stride_n + columns, exist, columns, HEAD_DIM, BLOCK_D, True, UPCAST)
-    value = load_rows(value_ptr + rows * value_stride_n + columns, exist, columns, HEAD_DIM, BLOCK_D, True, UPCAST)
+    key_pointers = key_ptr + inside[:, None].to(tl.int64) * key_stride_n + columns
+    key = load_rows(key_pointers, exist, columns, HEAD_DIM, BLOCK_D, True, UPCAST)
+    value_pointers = value_ptr + inside[:, None].to(tl.int64) * value_stride_n + columns
+    value = load_rows(value_pointers, exist, columns, HEAD_DIM, BLOCK_D, True, UPCAST)
     if SPARSE:
         begin, full_begin, full_end, end = listed_tiles(bounds_ptr, tile)
     else:  # key j is looked at by the places j - right ... j + left; query i stands at place i + offset
@@ -145,27 +149,20 @@ def flash_backward_keys(
         )
         head_lse_ptr = lse_ptr + batch * lse_stride_b + head * lse_stride_h + query_start
         head_delta_ptr = delta_ptr + batch * lse_stride_b + head * lse_stride_h + query_start
-        if RIGHT and not SPARSE:
-            d_key, d_value = _walk_queries(
-                d_key, d_value, key, value, keys, head_query_ptr, head_d_output_ptr, head_lse_ptr, head_delta_ptr,
-                query_stride_m, d_output_stride_m, query_length, key_length, begin, full_begin,
-                scale * LOG2E, left, right, slope, tiles_ptr, numbers_ptr, masks_ptr,
-                HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, LEFT, RIGHT, ALIBI, SPARSE, UPCAST, WIDE, PRECISION, MASKED=True,
-            )
         d_key, d_value = _walk_queries(
             d_key, d_value, key, value, keys, head_query_ptr, head_d_output_ptr, head_lse_ptr, head_delta_ptr,
-            query_stride_m, d_output_stride_m, query_length, key_length, full_begin, full_end,
-            scale * LOG2E, left, right, slope, tiles_ptr, numbers_ptr, masks_ptr,
+            query_stride_m, d_output_stride_m, query_length, key_length,
+            begin, full_begin, full_end, end, scale * LOG2E, left, right, slope, tiles_ptr, numbers_ptr, masks_ptr,
             HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, LEFT, RIGHT, ALIBI, SPARSE, UPCAST, WIDE, PRECISION, MASKED=False,
         )
         d_key, d_value = _walk_queries(
             d_key, d_value, key, value, keys, head_query_ptr, head_d_output_ptr, head_lse_ptr, head_delta_ptr,
-            query_stride_m, d_output_stride_m, query_length, key_length, full_end, end,
-            scale * LOG2E, left, right, slope, tiles_ptr, numbers_ptr, masks_ptr,
+            query_stride_m, d_output_stride_m, query_length, key_length,
+            begin, full_begin, full_end, end, scale * LOG2E, left, right, slope, tiles_ptr, numbers_ptr, masks_ptr,
             HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, LEFT, RIGHT, ALIBI, SPARSE, UPCAST, WIDE, PRECISION, MASKED=True,
         )
-    inside = exist & (columns < HEAD_DIM)
-    d_key = (d_key * scale).to(d_key_ptr.dtype.element_ty)
-    tl.store(d_key_ptr + rows * d_key_stride_n + columns, d_key, mask=inside)
-    d_value = d_value.to(d_value_ptr.dtype.element_ty)
-    tl.store(d_value_ptr + rows * d_value_stride_n + columns, d_value, mask=inside)
+    exist &= columns < HEAD_DIM
+    d_key_pointers = d_key_ptr + inside[:, None].to(tl.int64) * d_key_stride_n + columns
+    tl.store(d_key_pointers, (d_key * scale).to(d_key_ptr.dtype.element_ty), mask=exist)
+    d_value_pointers = d_value_ptr + inside[:, None].to(tl.int64) * d_value_stride_n + columns
+    tl.store(d_value_pointers, d_value.to(d_value_ptr.dtype.element_ty), mask=exist)

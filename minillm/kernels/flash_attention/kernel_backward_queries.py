@@ -26,7 +26,7 @@ def _walk_keys(
     key_ptr,  # (key_length, HEAD_DIM)
     value_ptr,  # (key_length, HEAD_DIM)
     key_stride, value_stride, key_length,
-    begin, end,
+    begin, full_begin, full_end, end,  # of the tiles, as live_tiles gives them
     scale,  # in units of log2
     left, right, slope,
     tiles_ptr, numbers_ptr, masks_ptr,
@@ -34,28 +34,31 @@ def _walk_keys(
     LEFT: tl.constexpr, RIGHT: tl.constexpr, ALIBI: tl.constexpr, SPARSE: tl.constexpr,
     UPCAST: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):
-    """dQ / scale from the key tiles begin ... end - 1, or, where SPARSE, from those entries of the list."""
+    """dQ / scale from the live key tiles with a mask, or from those without."""
     inside = tl.arange(0, BLOCK_N)
     columns = tl.arange(0, BLOCK_D)[None, :]
-    key_offsets = inside[:, None].to(tl.int64) * key_stride + columns
-    value_offsets = inside[:, None].to(tl.int64) * value_stride + columns
     mask_offsets = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + inside[None, :]
-    for step in range(begin, end):
+    first, n_tiles = full_begin, full_end - full_begin
+    if MASKED:
+        first, n_tiles = begin, end - begin - n_tiles
+    for step in range(first, first + n_tiles):
         tile = step
+        if MASKED:
+            tile += tl.where(step < full_begin, 0, full_end - full_begin)
         mask_pointers = None
         if SPARSE:
-            tile = tl.load(tiles_ptr + step)
             if MASKED:
-                number = tl.load(numbers_ptr + step).to(tl.int64)
+                number = tl.load(numbers_ptr + tile).to(tl.int64)
                 mask_pointers = masks_ptr + number * BLOCK_M * BLOCK_N + mask_offsets
-        start = tile.to(tl.int64) * BLOCK_N
+            tile = tl.load(tiles_ptr + tile)
+        rows = (tile.to(tl.int64) * BLOCK_N + inside)[:, None]
         keys = tile * BLOCK_N + inside
         exist = (keys < key_length)[:, None]
         key = load_rows(
-            key_ptr + start * key_stride + key_offsets, exist, columns, HEAD_DIM, BLOCK_D, MASKED, UPCAST
+            key_ptr + rows * key_stride + columns, exist, columns, HEAD_DIM, BLOCK_D, MASKED, UPCAST
         )
         value = load_rows(
-            value_ptr + start * value_stride + value_offsets, exist, columns, HEAD_DIM, BLOCK_D, MASKED, UPCAST
+            value_ptr + rows * value_stride + columns, exist, columns, HEAD_DIM, BLOCK_D, MASKED, UPCAST
         )
         scores = tl.dot(query, tl.trans(key), input_precision=PRECISION, out_dtype=WIDE)  # (BLOCK_M, BLOCK_N)
         scores = biased(
@@ -96,26 +99,26 @@ def flash_backward_queries(
     key_start, key_length = sequence(key_offsets_ptr, batch, key_length, VARLEN)
     if tile * BLOCK_M >= query_length:
         return
-    query_ptr += batch * query_stride_b + head * query_stride_h + query_start * query_stride_m
+    start = query_start + tile.to(tl.int64) * BLOCK_M
+    query_ptr += batch * query_stride_b + head * query_stride_h + start * query_stride_m
     key_ptr += batch * key_stride_b + key_head * key_stride_h + key_start * key_stride_n
     value_ptr += batch * value_stride_b + key_head * value_stride_h + key_start * value_stride_n
-    d_output_ptr += batch * d_output_stride_b + head * d_output_stride_h + query_start * d_output_stride_m
-    d_query_ptr += batch * d_query_stride_b + head * d_query_stride_h + query_start * d_query_stride_m
-    lse_ptr += batch * lse_stride_b + head * lse_stride_h + query_start
-    delta_ptr += batch * lse_stride_b + head * lse_stride_h + query_start
+    d_output_ptr += batch * d_output_stride_b + head * d_output_stride_h + start * d_output_stride_m
+    d_query_ptr += batch * d_query_stride_b + head * d_query_stride_h + start * d_query_stride_m
+    lse_ptr += batch * lse_stride_b + head * lse_stride_h + start
+    delta_ptr += batch * lse_stride_b + head * lse_stride_h + start
 
-    queries = tile * BLOCK_M + tl.arange(0, BLOCK_M)  # (BLOCK_M,)
+    inside = tl.arange(0, BLOCK_M)  # (BLOCK_M,)
     columns = tl.arange(0, BLOCK_D)[None, :]  # (1, BLOCK_D)
-    places = queries + (key_length - query_length)
-    exist = (queries < query_length)[:, None]
-    rows = queries[:, None].to(tl.int64)
-    query = load_rows(query_ptr + rows * query_stride_m + columns, exist, columns, HEAD_DIM, BLOCK_D, True, UPCAST)
-    d_output = load_rows(
-        d_output_ptr + rows * d_output_stride_m + columns, exist, columns, HEAD_DIM, BLOCK_D, True, UPCAST
-    )
-    lse = tl.load(lse_ptr + queries, mask=queries < query_length, other=float("inf"))
+    exist = tile * BLOCK_M + inside < query_length
+    places = tile * BLOCK_M + inside + (key_length - query_length)
+    query_pointers = query_ptr + inside[:, None].to(tl.int64) * query_stride_m + columns
+    query = load_rows(query_pointers, exist[:, None], columns, HEAD_DIM, BLOCK_D, True, UPCAST)
+    d_output_pointers = d_output_ptr + inside[:, None].to(tl.int64) * d_output_stride_m + columns
+    d_output = load_rows(d_output_pointers, exist[:, None], columns, HEAD_DIM, BLOCK_D, True, UPCAST)
+    lse = tl.load(lse_ptr + inside, mask=exist, other=float("inf"))
     lse = tl.where(lse == -float("inf"), float("inf"), lse * LOG2E)  # exp(S - inf) = 0 where no key is seen
-    delta = tl.load(delta_ptr + queries, mask=queries < query_length, other=0.0)
+    delta = tl.load(delta_ptr + inside, mask=exist, other=0.0)
     slope = 0.0
     if ALIBI:
         slope = tl.load(slopes_ptr + head) * LOG2E
@@ -127,21 +130,16 @@ def flash_backward_queries(
         begin, full_begin, full_end, end = live_tiles(first, last, key_length, left, right, LEFT, RIGHT, BLOCK_N)
 
     d_query = tl.zeros((BLOCK_M, BLOCK_D), WIDE)
-    if LEFT and not SPARSE:
-        d_query = _walk_keys(
-            d_query, query, d_output, lse, delta, places, key_ptr, value_ptr, key_stride_n, value_stride_n, key_length,
-            begin, full_begin, scale * LOG2E, left, right, slope, tiles_ptr, numbers_ptr, masks_ptr,
-            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, LEFT, RIGHT, ALIBI, SPARSE, UPCAST, WIDE, PRECISION, MASKED=True,
-        )
     d_query = _walk_keys(
         d_query, query, d_output, lse, delta, places, key_ptr, value_ptr, key_stride_n, value_stride_n, key_length,
-        full_begin, full_end, scale * LOG2E, left, right, slope, tiles_ptr, numbers_ptr, masks_ptr,
+        begin, full_begin, full_end, end, scale * LOG2E, left, right, slope, tiles_ptr, numbers_ptr, masks_ptr,
         HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, LEFT, RIGHT, ALIBI, SPARSE, UPCAST, WIDE, PRECISION, MASKED=False,
     )
     d_query = _walk_keys(
         d_query, query, d_output, lse, delta, places, key_ptr, value_ptr, key_stride_n, value_stride_n, key_length,
-        full_end, end, scale * LOG2E, left, right, slope, tiles_ptr, numbers_ptr, masks_ptr,
+        begin, full_begin, full_end, end, scale * LOG2E, left, right, slope, tiles_ptr, numbers_ptr, masks_ptr,
         HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, LEFT, RIGHT, ALIBI, SPARSE, UPCAST, WIDE, PRECISION, MASKED=True,
     )
     d_query = (d_query * scale).to(d_query_ptr.dtype.element_ty)
-    tl.store(d_query_ptr + rows * d_query_stride_m + columns, d_query, mask=exist & (columns < HEAD_DIM))
+    d_query_pointers = d_query_ptr + inside[:, None].to(tl.int64) * d_query_stride_m + columns
+    tl.store(d_query_pointers, d_query, mask=exist[:, None] & (columns < HEAD_DIM))

@@ -33,7 +33,7 @@ def _walk(
     key_ptr,  # (key_length, HEAD_DIM)
     value_ptr,  # (key_length, HEAD_DIM)
     key_stride, value_stride, key_length,
-    begin, end,
+    begin, full_begin, full_end, end,  # of the tiles, as live_tiles gives them
     scale,  # in units of log2
     left, right, slope,
     tiles_ptr, numbers_ptr, masks_ptr,
@@ -41,25 +41,28 @@ def _walk(
     LEFT: tl.constexpr, RIGHT: tl.constexpr, ALIBI: tl.constexpr, SPARSE: tl.constexpr,
     UPCAST: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):
-    """The online softmax over the key tiles begin ... end - 1, or, where SPARSE, over those entries of the list."""
+    """The online softmax over the live key tiles with a mask, or over those without."""
     inside = tl.arange(0, BLOCK_N)
     columns = tl.arange(0, BLOCK_D)[None, :]
-    key_offsets = inside[:, None].to(tl.int64) * key_stride + columns
-    value_offsets = inside[:, None].to(tl.int64) * value_stride + columns
     mask_offsets = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + inside[None, :]
-    for step in range(begin, end):
+    first, n_tiles = full_begin, full_end - full_begin
+    if MASKED:
+        first, n_tiles = begin, end - begin - n_tiles
+    for step in range(first, first + n_tiles):
         tile = step
+        if MASKED:
+            tile += tl.where(step < full_begin, 0, full_end - full_begin)
         mask_pointers = None
         if SPARSE:
-            tile = tl.load(tiles_ptr + step)
             if MASKED:
-                number = tl.load(numbers_ptr + step).to(tl.int64)
+                number = tl.load(numbers_ptr + tile).to(tl.int64)
                 mask_pointers = masks_ptr + number * BLOCK_M * BLOCK_N + mask_offsets
-        start = tile.to(tl.int64) * BLOCK_N
+            tile = tl.load(tiles_ptr + tile)
+        rows = (tile.to(tl.int64) * BLOCK_N + inside)[:, None]
         keys = tile * BLOCK_N + inside
         exist = (keys < key_length)[:, None]
         key = load_rows(
-            key_ptr + start * key_stride + key_offsets, exist, columns, HEAD_DIM, BLOCK_D, MASKED, UPCAST
+            key_ptr + rows * key_stride + columns, exist, columns, HEAD_DIM, BLOCK_D, MASKED, UPCAST
         )
         scores = tl.dot(query, tl.trans(key), input_precision=PRECISION, out_dtype=WIDE)  # (BLOCK_M, BLOCK_N)
         if MASKED or ALIBI:
@@ -80,7 +83,7 @@ def _walk(
         maximum = larger
         total = total * shrink + tl.sum(weights, 1)
         value = load_rows(
-            value_ptr + start * value_stride + value_offsets, exist, columns, HEAD_DIM, BLOCK_D, MASKED, UPCAST
+            value_ptr + rows * value_stride + columns, exist, columns, HEAD_DIM, BLOCK_D, MASKED, UPCAST
         )
         weighted = tl.dot(
             weights.to(value.dtype), value, weighted * shrink[:, None], input_precision=PRECISION, out_dtype=WIDE
@@ -121,18 +124,19 @@ def flash_forward(
         return
     key_head = (head // group).to(tl.int64)
     head = head.to(tl.int64)
-    query_ptr += batch * query_stride_b + head * query_stride_h + query_start * query_stride_m
+    start = query_start + tile.to(tl.int64) * BLOCK_M
+    query_ptr += batch * query_stride_b + head * query_stride_h + start * query_stride_m
     key_ptr += batch * key_stride_b + key_head * key_stride_h + key_start * key_stride_n
     value_ptr += batch * value_stride_b + key_head * value_stride_h + key_start * value_stride_n
-    output_ptr += batch * output_stride_b + head * output_stride_h + query_start * output_stride_m
-    lse_ptr += batch * lse_stride_b + head * lse_stride_h + query_start
+    output_ptr += batch * output_stride_b + head * output_stride_h + start * output_stride_m
+    lse_ptr += batch * lse_stride_b + head * lse_stride_h + start
 
-    queries = tile * BLOCK_M + tl.arange(0, BLOCK_M)  # (BLOCK_M,)
+    inside = tl.arange(0, BLOCK_M)  # (BLOCK_M,)
     columns = tl.arange(0, BLOCK_D)[None, :]  # (1, BLOCK_D)
-    places = queries + (key_length - query_length)
-    exist = (queries < query_length)[:, None]
-    rows = queries[:, None].to(tl.int64)
-    query = load_rows(query_ptr + rows * query_stride_m + columns, exist, columns, HEAD_DIM, BLOCK_D, True, UPCAST)
+    exist = (tile * BLOCK_M + inside < query_length)[:, None]
+    places = tile * BLOCK_M + inside + (key_length - query_length)
+    query_pointers = query_ptr + inside[:, None].to(tl.int64) * query_stride_m + columns
+    query = load_rows(query_pointers, exist, columns, HEAD_DIM, BLOCK_D, True, UPCAST)
     scale *= LOG2E
     slope = 0.0
     if ALIBI:
@@ -147,20 +151,14 @@ def flash_forward(
     weighted = tl.zeros((BLOCK_M, BLOCK_D), WIDE)
     maximum = tl.full((BLOCK_M,), -float("inf"), WIDE)
     total = tl.zeros((BLOCK_M,), WIDE)
-    if LEFT and not SPARSE:
-        weighted, maximum, total = _walk(
-            weighted, maximum, total, query, places, key_ptr, value_ptr, key_stride_n, value_stride_n, key_length,
-            begin, full_begin, scale, left, right, slope, tiles_ptr, numbers_ptr, masks_ptr,
-            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, LEFT, RIGHT, ALIBI, SPARSE, UPCAST, WIDE, PRECISION, MASKED=True,
-        )
     weighted, maximum, total = _walk(
         weighted, maximum, total, query, places, key_ptr, value_ptr, key_stride_n, value_stride_n, key_length,
-        full_begin, full_end, scale, left, right, slope, tiles_ptr, numbers_ptr, masks_ptr,
+        begin, full_begin, full_end, end, scale, left, right, slope, tiles_ptr, numbers_ptr, masks_ptr,
         HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, LEFT, RIGHT, ALIBI, SPARSE, UPCAST, WIDE, PRECISION, MASKED=False,
     )
     weighted, maximum, total = _walk(
         weighted, maximum, total, query, places, key_ptr, value_ptr, key_stride_n, value_stride_n, key_length,
-        full_end, end, scale, left, right, slope, tiles_ptr, numbers_ptr, masks_ptr,
+        begin, full_begin, full_end, end, scale, left, right, slope, tiles_ptr, numbers_ptr, masks_ptr,
         HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, LEFT, RIGHT, ALIBI, SPARSE, UPCAST, WIDE, PRECISION, MASKED=True,
     )
 
@@ -168,8 +166,6 @@ def flash_forward(
     total = tl.where(empty, 1.0, total)
     output = weighted / total[:, None]
     lse = tl.where(empty, -float("inf"), (maximum + tl.log2(total)) * LN2)
-    tl.store(
-        output_ptr + rows * output_stride_m + columns, output.to(output_ptr.dtype.element_ty),
-        mask=exist & (columns < HEAD_DIM),
-    )
-    tl.store(lse_ptr + queries, lse.to(lse_ptr.dtype.element_ty), mask=queries < query_length)
+    output_pointers = output_ptr + inside[:, None].to(tl.int64) * output_stride_m + columns
+    tl.store(output_pointers, output.to(output_ptr.dtype.element_ty), mask=exist & (columns < HEAD_DIM))
+    tl.store(lse_ptr + inside, lse, mask=tile * BLOCK_M + inside < query_length)

@@ -1,9 +1,9 @@
 # mypy: ignore-errors
 """What the flash attention kernels share: which tiles a band leaves alive, loads of rows, and the scores of one tile.
 
-Places are counted in the keys' coordinates: query i stands at place i + key_length - query_length, so that the last query
-stands at the last key. A band lets the query at place t look at the keys t - left ... t + right; without LEFT or RIGHT it
-is open on that side (causal is right = 0). Scores are held in units of log2: exp2 is the exponential the hardware has.
+Places are counted in the keys' coordinates: query i stands at place i + key_length - query_length, so that the last
+query stands at the last key. A band lets the query at place t look at the keys t - left ... t + right; without LEFT or
+RIGHT it is open on that side (causal is right = 0). Scores are in units of log2: exp2 is what the hardware has.
 """
 
 import triton
@@ -17,8 +17,8 @@ LN2 = tl.constexpr(0.6931471805599453)
 def live_tiles(first, last, length, below, above, BELOW: tl.constexpr, ABOVE: tl.constexpr, BLOCK: tl.constexpr):
     """The tiles of [0, length) that the places first ... last look at: begin, full_begin, full_end, end.
 
-    Each place t looks at t - below ... t + above. Tiles in [full_begin, full_end) are seen whole by every place and need
-    no mask; those in [begin, full_begin) and [full_end, end) need one; all others are dead.
+    Each place t looks at t - below ... t + above. Tiles in [full_begin, full_end) are seen whole by every place and
+    need no mask; those in [begin, full_begin) and [full_end, end) need one; all others are dead.
     """
     low, full_low, high, full_high = 0, 0, length, length
     if BELOW:
@@ -93,7 +93,7 @@ def biased(
     SPARSE: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """ALiBi's bias added; with MASKED, -inf for pairs beyond the last key, outside the band or outside the tile's mask."""
+    """ALiBi's bias added; with MASKED, -inf beyond the last key, outside the band and outside the tile's mask."""
     if ALIBI:
         scores -= slope * tl.abs(places - keys).to(tl.float32)
     if MASKED:

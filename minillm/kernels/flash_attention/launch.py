@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from minillm.kernels.flash_attention.tile_sizes import TileSizes, tile_sizes
+from minillm.kernels.flash_attention.tile_sizes import Direction, TileSizes, tile_sizes
 from minillm.kernels.runtime import interpreted, launch, upcast, wide
 
 
@@ -163,7 +163,7 @@ class _Call(NamedTuple):
     def n_sequences(self, query: Tensor) -> int:
         return query.size(0) if self.query_offsets is None else self.query_offsets.size(0) - 1
 
-    def tile_sizes(self, direction: str, query: Tensor) -> TileSizes:
+    def tile_sizes(self, direction: Direction, query: Tensor) -> TileSizes:
         block = self.tables[6].size(-1) if self.tables else None
         return tile_sizes(direction, query.size(-1), query.dtype, capability_of(query.device), block)
 
@@ -221,7 +221,7 @@ def _block_d(query: Tensor) -> int:
 
 def _strides(**tensors: Tensor) -> dict[str, int]:
     """Strides by the kernels' names for them; a packed tensor has one batch, at stride 0."""
-    strides = {}
+    strides: dict[str, int] = {}
     for name, tensor in tensors.items():
         batch, head, row = (0, *tensor.stride())[-4:-1]
         strides |= {f"{name}_stride_b": batch, f"{name}_stride_h": head}
