@@ -90,12 +90,17 @@ class _Cells:
 
     def run(self, cell: NotebookNode) -> str:
         """Run the cell and return what it printed."""
-        name = f"<{cell.id}>"
-        linecache.cache[name] = (len(cell.source), None, cell.source.splitlines(keepends=True), name)
         out = io.StringIO()
         with contextlib.redirect_stdout(out), _deadline(_SECONDS):
-            exec(compile(cell.source, name, "exec", dont_inherit=True), self.module.__dict__)
+            exec(_compiled(cell), self.module.__dict__)
         return out.getvalue()
+
+
+def _compiled(cell: NotebookNode) -> types.CodeType:
+    """The cell's code; ``inspect`` finds its source, from which Triton builds a kernel."""
+    name = f"<{cell.id}>"
+    linecache.cache[name] = (len(cell.source), None, cell.source.splitlines(keepends=True), name)
+    return compile(cell.source, name, "exec", dont_inherit=True)
 
 
 def solution_names(exercise: str, *, folder: Path | str | None = None) -> dict[str, object]:
@@ -103,7 +108,7 @@ def solution_names(exercise: str, *, folder: Path | str | None = None) -> dict[s
     names: dict[str, object] = {}
     for cell in find_exercise(exercise, folder).notebook.cells:
         if cell.cell_type == "code" and role(cell) != "check":
-            exec(cell.source, names)
+            exec(_compiled(cell), names)
     return names
 
 
