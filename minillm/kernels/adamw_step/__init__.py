@@ -32,15 +32,15 @@ def adamw_step(
         exp_avg_sq <- beta2 * exp_avg_sq + (1 - beta2) * gradient^2
         parameter <- parameter - lr * (exp_avg / (1 - beta1^step)) / (sqrt(exp_avg_sq / (1 - beta2^step)) + eps)
 
-    (Loshchilov and Hutter 2017, "Decoupled Weight Decay Regularization", Algorithm 2.) In float32 the kernel reads four
-    numbers and writes three for each parameter, 28 bytes; one operator a line they are read and written 25 times.
+    (Loshchilov and Hutter 2017, "Decoupled Weight Decay Regularization", Algorithm 2.) For each parameter the kernel
+    reads four numbers and writes three, in float32 28 bytes; one operator after the other it is 20 numbers, 80 bytes.
 
     Args:
         parameter: any shape, floating point.
         gradient: of that shape; may have another dtype, such as bfloat16 where the parameter is the float32 master copy
             of a bfloat16 weight.
         exp_avg, exp_avg_sq: of that shape, both of one dtype; float32 beside a parameter in half precision is allowed.
-            Such a parameter loses every update smaller than half its last bit, in bfloat16 less than 1/512 of it:
+            Such a parameter loses every update of less than half its last bit, in bfloat16 1/512 to 1/256 of it:
             training needs a float32 master copy.
         step: counts from 1.
         lr, betas, eps, weight_decay: as in :class:`minillm.optim.AdamW`.
