@@ -22,7 +22,9 @@ def adamw_step_reference(
     A parameter of another dtype is widened, updated and rounded back once.
     """
     beta1, beta2 = betas
-    wide, gradient = parameter.to(exp_avg.dtype), gradient.to(exp_avg.dtype)
+    dtype = exp_avg.dtype  # to() takes its time even where it has nothing to do
+    wide = parameter if parameter.dtype is dtype else parameter.to(dtype)
+    gradient = gradient if gradient.dtype is dtype else gradient.to(dtype)
     wide.mul_(1 - lr * weight_decay)
     exp_avg.lerp_(gradient, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
