@@ -194,11 +194,10 @@ def test_nothing_to_do(backend: str, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
-@pytest.mark.parametrize("options", [PLAIN, EVERYTHING], ids=["plain", "everything"])
-def test_gradcheck(backend: str, options: dict[str, Any], device: torch.device) -> None:
-    logits = torch.randn(3, 7, dtype=torch.float64, device=device, requires_grad=True)
-    targets = torch.tensor([6, 2, 0], device=device)
-    assert torch.autograd.gradcheck(lambda z: cross_entropy(z, targets, backend=backend, **options), (logits,))
+def test_gradcheck(backend: str, device: torch.device) -> None:
+    logits = torch.randn(3, 5, dtype=torch.float64, device=device, requires_grad=True)
+    targets = torch.tensor([4, 2, 0], device=device)
+    assert torch.autograd.gradcheck(lambda z: cross_entropy(z, targets, backend=backend, **EVERYTHING), (logits,))
 
 
 def test_a_target_that_is_no_class_gives_nan_where_it_cannot_be_refused(device: torch.device) -> None:

@@ -14,7 +14,7 @@ from torch.nn.attention.bias import causal_lower_right
 from minillm.kernels import split_kv_decode
 from minillm.kernels.compile_only import SHARED_MEMORY, compile_only, recorded_launches
 from minillm.kernels.flash_decode.launch import blocks, default_splits
-from minillm.kernels.flash_decode.reference import merge_partial, partial_attention
+from minillm.kernels.flash_decode.reference import merge_partial_attention, partial_attention
 from minillm.kernels.testing import TOLERANCE, assert_untouched, guarded, relative_error, watched_memory
 
 BACKENDS = ("reference", "torch", "triton")
@@ -126,8 +126,9 @@ def test_partial_results_merge_into_the_whole_however_large_the_scores():
     pieces = [partial_attention(scores[:, part], value[part]) for part in (slice(4), slice(4, 5), slice(5, 10))]
     outputs, lses = (torch.stack(parts) for parts in zip(*pieces, strict=True))
     whole = torch.cat([scores[:2].softmax(1) @ value, torch.zeros(1, 4, dtype=torch.float64)])
-    torch.testing.assert_close(merge_partial(outputs, lses), whole, atol=1e-13, rtol=1e-12)
-    torch.testing.assert_close(lses.logsumexp(0), scores.logsumexp(1))
+    merged, lse = merge_partial_attention(outputs, lses)
+    torch.testing.assert_close(merged, whole, atol=1e-13, rtol=1e-12)
+    torch.testing.assert_close(lse, scores.logsumexp(1))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -227,8 +228,9 @@ def test_torch_compile_traces_through(device: torch.device) -> None:
         (ValueError, r"heads of query \(3\) must be a multiple .* \(2\)", {"query": torch.zeros(2, 3, 1, 16)}),
         (ValueError, "1 to 16 new tokens a sequence, got 17", {"query": torch.zeros(2, 4, 17, 16)}),
         (TypeError, "one floating-point dtype, got torch.float16", {"query": torch.zeros(2, 4, 1, 16).half()}),
-        (ValueError, "n_splits must be at least 1, or None, got 0", {"n_splits": 0}),
-        (ValueError, "window must be at least 1, or None, got 0", {"window": 0}),
+        (ValueError, r"n_splits must be in \[1, 128\], or None, got 0", {"n_splits": 0}),
+        (TypeError, r"n_splits must be an integer, or None, got 2\.5", {"n_splits": 2.5}),
+        (ValueError, r"window must be at least 1 \(a token sees itself\), or None, got 0", {"window": 0}),
         (ValueError, "alibi_slopes must be floating point, one for each of the 4", {"alibi_slopes": torch.zeros(2)}),
         (TypeError, "lengths must be int32 or int64, got torch.float32", {"lengths": torch.zeros(2)}),
         (ValueError, "one number for each of the 2 sequences", {"lengths": torch.zeros(3).long()}),

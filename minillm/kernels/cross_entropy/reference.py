@@ -42,15 +42,15 @@ class LossTerms:
         """``cap * tanh(logits / cap)``: nearly the logits where they are small, never beyond +-cap."""
         return logits if self.logit_softcap is None else self.logit_softcap * torch.tanh(logits / self.logit_softcap)
 
-    def losses(self, lse: Tensor, picked: Tensor, mean: Tensor, targets: Tensor, n_classes: int) -> Tensor:
+    def losses(self, lse: Tensor, picked: Tensor, mean: Tensor | None, targets: Tensor, n_classes: int) -> Tensor:
         """``lse - (1 - smoothing) picked - smoothing mean + z_loss lse^2``; 0 where ignored, NaN for no such class.
 
         Args:
             lse, picked, mean, targets: (n,); of a row's capped logits the log of the sum of exponentials, the target's
-                and the mean (looked at only with label smoothing).
+                and the mean, which is None without label smoothing.
         """
         losses = lse - (1.0 - self.label_smoothing) * picked
-        if self.label_smoothing:
+        if mean is not None:
             losses = losses - self.label_smoothing * mean
         if self.z_loss:
             losses = losses + self.z_loss * lse.square()
@@ -66,7 +66,8 @@ def cross_entropy_reference(logits: Tensor, targets: Tensor, terms: LossTerms) -
     n_classes = logits.size(1)
     picked = capped.gather(1, targets.clamp(0, n_classes - 1)[:, None])[:, 0]
     lse = capped.logsumexp(1)
-    return terms.losses(lse, picked, capped.mean(1), targets, n_classes), lse.detach()
+    mean = capped.mean(1) if terms.label_smoothing else None
+    return terms.losses(lse, picked, mean, targets, n_classes), lse.detach()
 
 
 def cross_entropy_gradient(logits: Tensor, targets: Tensor, lse: Tensor, dlosses: Tensor, terms: LossTerms) -> Tensor:
@@ -82,8 +83,11 @@ def cross_entropy_gradient(logits: Tensor, targets: Tensor, lse: Tensor, dlosses
     """
     n_classes = logits.size(1)
     capped = terms.cap(logits)
-    gradient = (capped - lse[:, None]).exp() * (1.0 + 2.0 * terms.z_loss * lse)[:, None]
-    gradient -= terms.label_smoothing / n_classes
+    gradient = (capped - lse[:, None]).exp_()
+    if terms.z_loss:
+        gradient *= (1.0 + 2.0 * terms.z_loss * lse)[:, None]
+    if terms.label_smoothing:
+        gradient -= terms.label_smoothing / n_classes
     one = torch.full_like(lse, 1.0 - terms.label_smoothing)[:, None]
     gradient.scatter_add_(1, targets.clamp(0, n_classes - 1)[:, None], -one)
     if terms.logit_softcap is not None:

@@ -6,7 +6,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from minillm.kernels.flash_decode.launch import HEAD_DIMS, default_splits, multiprocessors, triton_split_kv_decode
+from minillm.kernels.flash_decode.launch import (
+    HEAD_DIMS,
+    MOST_SPLITS,
+    default_splits,
+    multiprocessors,
+    triton_split_kv_decode,
+)
 from minillm.kernels.flash_decode.reference import split_kv_decode_reference
 from minillm.kernels.runtime import Backend, choose_backend
 
@@ -40,8 +46,8 @@ def split_kv_decode(
         lengths: (batch,), int32 or int64: how many keys of the cache are filled, new ones included; None: all. What
             lies behind is not read and may be anything. Outside of [0, capacity]: refused on a CPU; on a CUDA device,
             where looking would mean waiting, taken for the nearest that is inside.
-        n_splits: pieces; None: enough for two programs a multiprocessor, see ``launch.default_splits``. "torch" has
-            none. It changes nothing but the order of summation.
+        n_splits: pieces, 1 to 128; None: enough for two programs a multiprocessor, see ``launch.default_splits``. It
+            changes nothing but the order of summation; "torch" has none.
         scale: of the scores; None: ``1 / sqrt(head_dim)``.
         window: see the last ``window`` keys only, the own one included.
         alibi_slopes: (n_heads,), floating point: scores fall by slope times distance (Press et al. 2022).
@@ -90,7 +96,10 @@ def _torch_decode(
         seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
         mask = seen
         if slopes is not None:
-            mask = (-slopes.to(query.dtype)[:, None, None] * distance).masked_fill(~seen, -math.inf)
+            # The CPU's kernels add a float32 bias to their float32 scores; others want the dtype of the queries.
+            wide = torch.promote_types(query.dtype, torch.float32)
+            bias = (-slopes.to(wide)[:, None, None] * distance).masked_fill(~seen, -math.inf)
+            mask = bias if query.is_cpu else bias.to(query.dtype)
         output = F.scaled_dot_product_attention(
             query[which], key[which, :, :length], value[which, :, :length], mask, scale=scale, enable_gqa=True
         )
@@ -135,8 +144,12 @@ def _check(
             f"query, key and value must have one floating-point dtype, got {query.dtype}, {key.dtype} and {value.dtype}"
         )
     for name, number in (("n_splits", n_splits), ("window", window)):
-        if number is not None and number < 1:
-            raise ValueError(f"{name} must be at least 1, or None, got {number}")
+        if number is not None and (not isinstance(number, int) or isinstance(number, bool)):
+            raise TypeError(f"{name} must be an integer, or None, got {number!r}")
+    if n_splits is not None and not 1 <= n_splits <= MOST_SPLITS:
+        raise ValueError(f"n_splits must be in [1, {MOST_SPLITS}], or None, got {n_splits}")
+    if window is not None and window < 1:
+        raise ValueError(f"window must be at least 1 (a token sees itself), or None, got {window}")
     if slopes is not None and (slopes.shape != (q[1],) or not slopes.is_floating_point()):
         raise ValueError(
             f"alibi_slopes must be floating point, one for each of the {q[1]} heads, got {slopes.dtype} of shape "

@@ -22,7 +22,6 @@ def split_kv_decode_reference(
     slopes = None if alibi_slopes is None else alibi_slopes.to(wide).repeat_interleave(n_new).view(n_kv_heads, -1, 1)
     outputs = torch.zeros(batch, n_kv_heads, group * n_new, head_dim, dtype=wide, device=query.device)
     filled = [capacity] * batch if lengths is None else lengths.clamp(0, capacity).tolist()
-    sequences = []
     for i, length in enumerate(filled):
         # Query heads that share a key head are the rows of one product with it.
         rows = query[i].reshape(n_kv_heads, group * n_new, head_dim).to(wide) * scale
@@ -39,9 +38,8 @@ def split_kv_decode_reference(
                 scores = scores - slopes * distance
             seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
             partial.append(partial_attention(scores.masked_fill(~seen, -torch.inf), value[i, :, piece].to(wide)))
-        sequences.append(merge_partial(*map(torch.stack, zip(*partial, strict=True))) if partial else outputs[i])
-    if sequences:
-        outputs = torch.stack(sequences)
+        if partial:
+            outputs[i], _ = merge_partial_attention(*map(torch.stack, zip(*partial, strict=True)))
     return outputs.view(batch, n_heads, n_new, head_dim).to(query.dtype)
 
 
@@ -49,33 +47,33 @@ def partial_attention(scores: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """``softmax(scores) value`` and the log of the sum of ``exp(scores)``; zeros and -inf for a row of -inf.
 
     Args:
-        scores: (..., rows, keys). value: (..., keys, head_dim).
+        scores: (..., queries, keys). value: (..., keys, value_dim).
     """
-    weights, total, top = _exponentials(scores, -1)
-    lse = torch.where(total == 0, -torch.inf, top + _positive(total).log())
-    return (weights / _positive(total)) @ value, lse.squeeze(-1)
+    weights, lse = _softmax(scores, -1)
+    return weights @ value, lse.squeeze(-1)
 
 
-def merge_partial(outputs: Tensor, lses: Tensor) -> Tensor:
-    """Attention to all keys from attention to pieces of them: ``sum_s exp(lse_s - lse) output_s``.
+def merge_partial_attention(outputs: Tensor, log_sums: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention to all keys from attention to each of several parts of them: ``sum_p exp(lse_p - lse) output_p``.
 
-    Since ``output_s`` is a sum divided by ``exp(lse_s)``, the products are parts of one sum, over ``exp(lse) = sum_s
-    exp(lse_s)``. A piece without a visible key has an lse of -inf and the weight 0.
+    ``output_p`` is a sum that was divided by ``exp(lse_p)``: the products are the parts of the whole sum, divided by
+    ``exp(lse) = sum_p exp(lse_p)``. A part without a visible key has the lse -inf and the weight 0.
 
     Args:
-        outputs: (n_splits, ..., head_dim). lses: (n_splits, ...).
+        outputs: (parts, ..., queries, value_dim). log_sums: (parts, ..., queries).
+
+    Returns: output (..., queries, value_dim) and lse (..., queries); zeros and -inf where no part has seen a key.
     """
-    weights, total, _ = _exponentials(lses, 0)
-    return ((weights / _positive(total))[..., None] * outputs).sum(0)
+    weights, lse = _softmax(log_sums, 0)
+    return (weights[..., None] * outputs).sum(0), lse.squeeze(0)
 
 
-def _exponentials(scores: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """``exp(scores - top)``, its sum and the ``top`` subtracted, all zeros where there are only scores of -inf."""
+def _softmax(scores: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Softmax along ``dim`` and the log of its sum; zeros and -inf, no NaN and no gradient, where all is -inf."""
     top = scores.detach().amax(dim, keepdim=True)
     top = top.masked_fill(top == -torch.inf, 0.0)  # -inf - (-inf) would be NaN
     weights = (scores - top).exp()
-    return weights, weights.sum(dim, keepdim=True), top
-
-
-def _positive(total: Tensor) -> Tensor:
-    return total.masked_fill(total == 0, 1.0)
+    total = weights.sum(dim, keepdim=True)
+    nothing = total == 0
+    total = total.masked_fill(nothing, 1.0)
+    return weights / total, (top + total.log()).masked_fill(nothing, -torch.inf)

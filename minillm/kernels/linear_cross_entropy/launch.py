@@ -75,7 +75,8 @@ def triton_linear_cross_entropy(
     )
     whole_lse = lse.logsumexp(0)
     terms = LossTerms(ignore_index, label_smoothing, z_loss)
-    return terms.losses(whole_lse, picked.sum(0), sums.sum(0) / n_classes, targets, n_classes), whole_lse
+    mean = sums.sum(0) / n_classes if label_smoothing else None
+    return terms.losses(whole_lse, picked.sum(0), mean, targets, n_classes), whole_lse
 
 
 @torch.library.custom_op("minillm::linear_cross_entropy_backward", mutates_args=())
