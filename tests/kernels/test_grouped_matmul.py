@@ -28,8 +28,10 @@ def oracle(
     return out, () if d_out is None else torch.autograd.grad(out, inputs, d_out.double())
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("counts", COUNTS)
+@pytest.mark.parametrize(
+    ("counts", "dtype"),
+    [*((counts, torch.float32) for counts in COUNTS), *((COUNTS[0], dtype) for dtype in DTYPES[1:])],
+)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_values_and_gradients(backend: str, counts: list[int], dtype: torch.dtype, device: torch.device) -> None:
     gap = 8 if backend == "torch" else 3  # torch's operator wants rows of whole 16 bytes
@@ -39,7 +41,7 @@ def test_values_and_gradients(backend: str, counts: list[int], dtype: torch.dtyp
     rows.requires_grad_()
     weights.requires_grad_()
     sizes = guarded(torch.tensor(counts, device=device))
-    with watched_memory():
+    with watched_memory(races=dtype is torch.float32):
         out = grouped_matmul(rows, weights, sizes, backend=backend)
         gradients = torch.autograd.grad(out, (rows, weights), d_out)
     expected, expected_gradients = oracle(rows, weights, sizes, d_out)
@@ -54,7 +56,7 @@ def test_values_and_gradients(backend: str, counts: list[int], dtype: torch.dtyp
         assert_untouched(tensor)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=6), st.integers(0, 40), st.integers(1, 40), st.integers(1, 40))
 def test_any_counts(counts: list[int], beyond: int, d_in: int, d_out: int) -> None:
     pytest.importorskip("triton")
@@ -216,7 +218,8 @@ def test_the_compiler_accepts_it(capability: int, device: torch.device, monkeypa
     )
     counts = torch.zeros(64, dtype=torch.int64)
     with recorded_launches() as launches:
-        launch.triton_grouped_matmul(rows, weights, counts)
+        if capability == 90:  # below that the loop is the one that the linear map's test compiles
+            launch.triton_grouped_matmul(rows, weights, counts)
         launch.triton_grouped_outer_products(d_out, rows, counts)
     for compiled in compile_only(launches, capability):
         assert compiled.count("wgmma.mma_async" if capability == 90 else "mma.sync") > 0

@@ -44,27 +44,28 @@ def activation_slope(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def finish(
-    before,  # (BLOCK_M, n): x weight^T
+def bias_of(columns, bias_ptr, bias_stride, d_out, HAS_BIAS: tl.constexpr):
+    """(1, n) float32."""
+    bias = tl.zeros(columns.shape, tl.float32)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + columns * bias_stride, mask=columns < d_out, other=0.0).to(tl.float32)
+    return bias[None, :]
+
+
+@triton.jit
+def store_activated(
+    before,  # (BLOCK_M, n): x weight^T + bias
     columns,  # (n,)
-    places,  # (BLOCK_M, 1): of the rows in out
-    inside,  # (BLOCK_M, 1)
-    bias_ptr,
+    rows,  # (BLOCK_M,)
     out_ptr,
     before_ptr,
+    n_rows,
     d_out,
-    bias_stride,
     ACTIVATION: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     KEEP_BEFORE: tl.constexpr,
 ):
-    """Bias and activation, in registers, and the result's way to memory."""
-    column_inside = columns < d_out
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + columns * bias_stride, mask=column_inside, other=0.0)
-        before += bias.to(tl.float32)[None, :]
-    places = places + columns[None, :]
-    inside = inside & column_inside[None, :]
+    places = (rows * d_out)[:, None] + columns[None, :]
+    inside = (rows < n_rows)[:, None] & (columns < d_out)[None, :]
     if KEEP_BEFORE:
         tl.store(before_ptr + places, before.to(before_ptr.dtype.element_ty), mask=inside)
     tl.store(out_ptr + places, activate(before, ACTIVATION).to(out_ptr.dtype.element_ty), mask=inside)
@@ -102,11 +103,9 @@ def linear_activation_forward(
     columns = column_tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     inner = tl.arange(0, BLOCK_K).to(tl.int64)
     row_inside, column_inside = rows < n_rows, columns < d_out
-    x_ptrs = x_ptr + rows[:, None] * x_row_stride + inner[None, :] * x_stride
-    weight_ptrs = weight_ptr + columns[None, :] * weight_row_stride + inner[:, None] * weight_stride
     before = tile_product(
-        x_ptrs,
-        weight_ptrs,
+        x_ptr + rows[:, None] * x_row_stride + inner[None, :] * x_stride,
+        weight_ptr + columns[None, :] * weight_row_stride + inner[:, None] * weight_stride,
         row_inside,
         column_inside,
         d_in,
@@ -119,55 +118,17 @@ def linear_activation_forward(
         BLOCK_N,
         BLOCK_K,
     )
-    inside = (rows < n_rows)[:, None]
-    places = (rows * d_out)[:, None]  # of each row's first number
-    if BLOCK_N > 128:  # half after half: the epilogue of all columns at once needs more registers than there are
+    if BLOCK_N <= 128:
+        before += bias_of(columns, bias_ptr, bias_stride, d_out, HAS_BIAS)
+        store_activated(before, columns, rows, out_ptr, before_ptr, n_rows, d_out, ACTIVATION, KEEP_BEFORE)
+    else:  # half after half: for all columns at once there are not registers enough
         left, right = tl.split(tl.permute(tl.reshape(before, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
         columns = column_tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N // 2)
-        finish(
-            left,
-            columns,
-            places,
-            inside,
-            bias_ptr,
-            out_ptr,
-            before_ptr,
-            d_out,
-            bias_stride,
-            ACTIVATION,
-            HAS_BIAS,
-            KEEP_BEFORE,
-        )
+        left += bias_of(columns, bias_ptr, bias_stride, d_out, HAS_BIAS)
+        store_activated(left, columns, rows, out_ptr, before_ptr, n_rows, d_out, ACTIVATION, KEEP_BEFORE)
         columns += BLOCK_N // 2
-        finish(
-            right,
-            columns,
-            places,
-            inside,
-            bias_ptr,
-            out_ptr,
-            before_ptr,
-            d_out,
-            bias_stride,
-            ACTIVATION,
-            HAS_BIAS,
-            KEEP_BEFORE,
-        )
-    else:
-        finish(
-            before,
-            columns,
-            places,
-            inside,
-            bias_ptr,
-            out_ptr,
-            before_ptr,
-            d_out,
-            bias_stride,
-            ACTIVATION,
-            HAS_BIAS,
-            KEEP_BEFORE,
-        )
+        right += bias_of(columns, bias_ptr, bias_stride, d_out, HAS_BIAS)
+        store_activated(right, columns, rows, out_ptr, before_ptr, n_rows, d_out, ACTIVATION, KEEP_BEFORE)
 
 
 @triton.jit
