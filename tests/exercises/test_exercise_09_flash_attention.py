@@ -1,5 +1,7 @@
 """Exercise 09: wrong answers that students may well give, right ones of other kinds; torch's attention as oracle."""
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,6 +11,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from minillm.exercises.folder import find_exercise
 from minillm.exercises.testing import ExerciseTests, solution_names
+
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton, which has Linux wheels only")
 
 STATISTICS = """
 def row_statistics(blocks):
@@ -846,6 +850,11 @@ def attend(query, key, value, tile, *, scale=None):
                 "    return torch.nn.functional.scaled_dot_product_attention(query, key, value), query[:, 0]",
                 "uses torch.nn.functional.scaled_dot_product_attention",
             ),
+            "a factor for each column": (
+                attending(update="total, output = total * f + p.sum(1), output * f + p @ v"),
+                "where they meet a row",
+            ),
+            "keys not transposed": (attending(scores="q @ k * scale"), "sizes differ"),
             "one thing": (attending().replace(", m + total.log()", ""), "attend returns two tensors"),
             "a column": (attending(lse="(m + total.log())[:, None]"), "the lse is (m,)"),
             "written into the queries": (
@@ -913,6 +922,8 @@ def attend(query, key, value, tile, *, scale=None):
             "negative keys": (visiting(some="lowest - w + 1"), "is not within the"),
             "backwards": (visiting(out="tiles[::-1]"), "ascending order"),
             "more queries than keys": (visiting(offset="max(0, key_length - query_length)"), "the visit is []"),
+            "1 and 0": (visiting(masked="int(start < every or end - 1 > lowest)"), "True or False"),
+            "nothing is visited": (visiting(out="[]"), "holds a key that one of the queries sees"),
             "a tuple": (visiting(out="tuple(tiles)"), "returns a list"),
             "pairs": (visiting(out="[a[:2] for a in tiles]"), "each tile is (start, stop, masked)"),
             "numbers of tiles": (visiting(out="[(a // tile, -(-b // tile), c) for a, b, c in tiles]"), "is not a tile"),
@@ -1007,6 +1018,7 @@ def visited_tiles(first, stop, query_length, key_length, tile, *, window=None):
             "P in half precision": (deriving(dv="(p.to(value.dtype).T @ d_output).to(dtype)"), "convert what is given"),
             "in the dtype of the inputs": (deriving(dtype="query.dtype"), "two dtypes meet"),
             "float32 always": (deriving(dtype="torch.float32"), "two dtypes meet"),
+            "dK not transposed": (deriving(dk="scale * ds @ q"), "sizes differ"),
             "autograd": (deriving(dq="torch.autograd.grad(s, q)[0]"), "uses"),
             "two things": (deriving().replace(", p.T @ do", ""), "returns three tensors"),
             "written into d_output": (deriving(dv="p.T @ d_output.mul_(1.0 + 1e-9).to(dtype)"), "changes a tensor"),
@@ -1069,6 +1081,15 @@ def visited_tiles(first, stop, query_length, key_length, tile, *, window=None):
                 fusing(e="tl.exp((x - top).to(x_ptr.dtype.element_ty).to(tl.float32))"),
                 "bring x to tl.float32",
             ),
+            "the result in half precision": (fusing(value="(e / total).to(tl.float16)"), "right to three digits only"),
+            "another program": (fusing(row="tl.program_id(1)"), "what does tl.program_id(0) say?"),
+            "a name that is nowhere": (fusing(e="tl.exp(x - tip)"), "NameError: name 'tip' is not defined"),
+            "the kernel not started": (
+                fusing().replace(
+                    "    row = tl", '    raise NotImplementedError("Exercise 9.6: a softmax")\n    row = tl'
+                ),
+                "still raises NotImplementedError",
+            ),
             "nothing stored": (fusing(store="mask=columns < 0"), "nothing is stored"),
             "written into x": (fusing(y="x_ptr + row * x_row_stride + columns"), "the kernel changes x"),
             "one program": (
@@ -1124,6 +1145,8 @@ def visited_tiles(first, stop, query_length, key_length, tile, *, window=None):
                 producing(range="0, K // BLOCK_K * BLOCK_K, BLOCK_K"),
                 "K // BLOCK_K rounds down",
             ),
+            "b times a": (producing(add="sums += tl.dot(b, a, input_precision='ieee')"), "AssertionError"),
+            "all rows of K one by one": (producing(range="0, K"), "c is not a @ b"),
             "programs swapped": (
                 producing(
                     rows="tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)",
