@@ -78,7 +78,7 @@ def test_equal_to_float64_attention(device, dtype, causal):
     check(tensors(device, dtype), causal=causal)
 
 
-@pytest.mark.parametrize(("query_length", "key_length"), [(33, 90), (90, 33), (1, 65), (65, 1)])
+@pytest.mark.parametrize(("query_length", "key_length"), [(33, 75), (75, 33), (1, 65), (65, 1)])
 def test_last_query_at_last_key(device, query_length, key_length):
     """More keys than queries, as after a cache; and more queries than keys, of which the first see nothing."""
     check(tensors(device, query_length=query_length, key_length=key_length), causal=True)
@@ -86,7 +86,7 @@ def test_last_query_at_last_key(device, query_length, key_length):
 
 @pytest.mark.parametrize(("causal", "window"), [(True, 1), (True, 20), (False, 40), (True, 2**40)])
 def test_window(device, causal, window):
-    check(tensors(device), causal=causal, window=window)
+    check(tensors(device, n_heads=1), causal=causal, window=window)
 
 
 def test_window_beside_the_keys(device):
@@ -100,12 +100,13 @@ def test_alibi(device, causal):
     check(tensors(device, query_length=40), causal=causal, alibi_slopes=slopes)
 
 
-@pytest.mark.parametrize("n_kv_heads", [1, 2, 4])
-def test_grouped_heads(device, n_kv_heads):
-    check(tensors(device, batch=2, n_heads=4, n_kv_heads=n_kv_heads, query_length=33, key_length=40), causal=True)
+@pytest.mark.parametrize(("batch", "n_heads", "n_kv_heads"), [(1, 4, 1), (1, 4, 2), (2, 2, 2)])
+def test_grouped_heads(device, batch, n_heads, n_kv_heads):
+    shape = {"batch": batch, "n_heads": n_heads, "n_kv_heads": n_kv_heads}
+    check(tensors(device, **shape, query_length=20, key_length=40), causal=True)
 
 
-@pytest.mark.parametrize("head_dim", [1, 16, 20, 80])
+@pytest.mark.parametrize("head_dim", [1, 20, 80])
 def test_head_dim(device, head_dim):
     check(tensors(device, n_heads=1, query_length=34, head_dim=head_dim), causal=True)
 
@@ -123,7 +124,7 @@ def test_large_scores_do_not_overflow(device):
 
 
 def test_no_program_is_in_another_ones_way(device):
-    check(tensors(device, batch=2, n_heads=4, n_kv_heads=2, query_length=40, key_length=50), races=True, causal=True)
+    check(tensors(device, batch=2, n_heads=2, query_length=40, key_length=50), races=True, causal=True)
 
 
 def test_gradcheck(device):

@@ -43,7 +43,7 @@ def check_gradients(output: Tensor, expected: Tensor, inputs: list[Tensor], wide
 
 @pytest.mark.parametrize(
     ("dtype", "causal", "window"),
-    [(torch.float32, True, None), (torch.float32, False, 12), (torch.bfloat16, False, None)],
+    [(torch.float32, False, 12), (torch.bfloat16, True, None)],
 )
 def test_packed_sequences(device, dtype, causal, window):
     """Lengths of none, one, a tile and more; queries without keys, keys without queries; rows of no sequence."""
@@ -165,7 +165,7 @@ def test_torch_compile_traces_through(device):
         assert relative_error(mine, right) <= TOLERANCE[torch.float32]
 
 
-@pytest.mark.parametrize("kind", ["dense", "packed", "sparse"])
+@pytest.mark.parametrize("kind", ["packed", "sparse"])
 def test_operators_keep_their_promises(device, kind):
     """Schema, fake version and gradient, checked by torch."""
     x = torch.randn(2, 18, 16, device=device)

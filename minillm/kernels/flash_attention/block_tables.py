@@ -36,8 +36,8 @@ def block_tables(
     A layout's tile is cut into tiles of side ``block``, which divides it. A row's live tiles stand in one list, those
     that need no mask first; ``bounds`` int32 (rows, 3) says where its part begins, where the tiles without a mask end,
     and where it ends. ``tiles`` and ``numbers`` int32 (live tiles,): the tile on the other side and its mask. Masks:
-    uint8 (n + 1, block, block), the last of ones, for a tile that only a ragged edge or the band (``left``, ``right``, see
-    :func:`~minillm.kernels.flash_attention.triton_flash_attention`) cuts.
+    uint8 (n + 1, block, block), the last of ones, for a tile that only a ragged edge or the band cuts. The band:
+    a query looks at ``left`` keys before its own place and ``right`` after it, None for all.
     """
     rows, columns = -(-query_length // block), -(-key_length // block)
     parts = sparse.block_size // block

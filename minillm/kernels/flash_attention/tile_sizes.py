@@ -28,7 +28,7 @@ _Table = dict[Direction, tuple[TileSizes, TileSizes, TileSizes]]
 _HOPPER: _Table = {
     "forward": (TileSizes(128, 64, 4, 3), TileSizes(128, 128, 8, 2), TileSizes(128, 64, 8, 2)),
     "queries": (TileSizes(128, 64, 8, 3), TileSizes(128, 64, 8, 2), TileSizes(64, 64, 8, 2)),
-    "keys": (TileSizes(64, 128, 8, 2), TileSizes(64, 128, 8, 2), TileSizes(32, 64, 8, 1)),
+    "keys": (TileSizes(64, 128, 8, 2), TileSizes(64, 128, 8, 2), TileSizes(32, 64, 8, 2)),
 }
 _OTHER: _Table = {  # within what a consumer's GPU has
     "forward": (TileSizes(128, 64, 4, 3), TileSizes(128, 64, 8, 2), TileSizes(64, 32, 8, 2)),
@@ -40,10 +40,10 @@ _FLOAT32: _Table = {  # without tensor cores, which would round to TF32
     "queries": (TileSizes(32, 32, 4, 2), TileSizes(32, 32, 8, 1), TileSizes(32, 16, 8, 1)),
     "keys": (TileSizes(32, 32, 8, 1), TileSizes(32, 32, 8, 1), TileSizes(16, 32, 8, 1)),
 }
-_SPARSE_WARPS: dict[Direction, tuple[tuple[int, int], ...]] = {
-    "forward": ((4, 3), (4, 2), (4, 2)),
-    "queries": ((8, 2), (8, 2), (4, 1)),
-    "keys": ((8, 2), (8, 2), (8, 1)),
+_SPARSE: _Table = {  # square, any GPU
+    "forward": (TileSizes(64, 64, 4, 3), TileSizes(64, 64, 4, 2), TileSizes(32, 32, 4, 2)),
+    "queries": (TileSizes(64, 64, 8, 2), TileSizes(64, 64, 8, 2), TileSizes(32, 32, 4, 1)),
+    "keys": (TileSizes(64, 64, 8, 2), TileSizes(64, 64, 8, 2), TileSizes(32, 32, 8, 1)),
 }
 _INTERPRETED = TileSizes(32, 32, 4, 1)  # small tensors shall have several tiles and a ragged edge
 
@@ -58,8 +58,8 @@ def tile_sizes(
     """
     size_class = 0 if head_dim <= 64 else 1 if head_dim <= 128 else 2
     if block is not None:
-        warps, stages = _SPARSE_WARPS[direction][size_class]
-        return TileSizes(block, block, warps, 1 if dtype is torch.float32 else stages)
+        of_one = _FLOAT32 if dtype is torch.float32 else _SPARSE
+        return of_one[direction][size_class]._replace(block_m=block, block_n=block)
     if capability == 0:
         return _INTERPRETED
     if dtype is torch.float32:
@@ -71,5 +71,5 @@ def largest_sparse_block(head_dim: int, dtype: torch.dtype, capability: int) -> 
     """Side of the largest square tile that all kernels can hold."""
     if capability == 0:
         return _INTERPRETED.block_m
-    fits = 64 if head_dim <= 128 else 32
-    return fits // 2 if dtype is torch.float32 else fits
+    widest = _SPARSE["forward"][0 if head_dim <= 128 else 2].block_m
+    return widest // 2 if dtype is torch.float32 else widest
