@@ -83,28 +83,32 @@ def _torch_decode(
     slopes: Tensor | None,
 ) -> Tensor:
     """One call for all sequences if they are equally long, otherwise one for each: masked keys may hold NaN."""
-    n_new, capacity = query.size(2), key.size(2)
+    batch, n_heads, n_new, head_dim = query.shape
+    n_kv_heads, capacity = key.shape[1], key.shape[2]
+    group = n_heads // n_kv_heads
+    grouped = query.reshape(batch, n_kv_heads, group * n_new, head_dim)  # keys that heads share are read once
     filled = [capacity] if lengths is None else lengths.clamp(0, capacity).tolist()
     if len(set(filled)) == 1:
         batches = [(slice(None), filled[0])]
     else:
         batches = [(slice(i, i + 1), length) for i, length in enumerate(filled)]
-    outputs = [torch.zeros_like(query[:0])]
+    outputs = [torch.zeros_like(grouped[:0])]
     for which, length in batches:
-        distance = torch.arange(length - n_new, length, device=query.device)[:, None]
-        distance = distance - torch.arange(length, device=query.device)
+        first = 0 if window is None else max(0, length - n_new - window + 1)  # no query sees a key before it
+        places = torch.arange(length - n_new, length, device=query.device).repeat(group)
+        distance = places[:, None] - torch.arange(first, length, device=query.device)  # (group * n_new, keys)
         seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
-        mask = seen
+        mask = seen[None, None]
         if slopes is not None:
             # The CPU's kernels add a float32 bias to their float32 scores; others want the dtype of the queries.
             wide = torch.promote_types(query.dtype, torch.float32)
-            bias = (-slopes.to(wide)[:, None, None] * distance).masked_fill(~seen, -math.inf)
+            rows = slopes.to(wide).repeat_interleave(n_new).view(1, n_kv_heads, group * n_new, 1)
+            bias = (-rows * distance).masked_fill(~seen, -math.inf)
             mask = bias if query.is_cpu else bias.to(query.dtype)
-        output = F.scaled_dot_product_attention(
-            query[which], key[which, :, :length], value[which, :, :length], mask, scale=scale, enable_gqa=True
-        )
+        keys, values = (cache[which, :, first:length] for cache in (key, value))
+        output = F.scaled_dot_product_attention(grouped[which], keys, values, mask, scale=scale)
         outputs.append(output.masked_fill(~seen.any(-1, keepdim=True), 0.0))
-    return torch.cat(outputs)
+    return torch.cat(outputs).view(query.shape)
 
 
 def _triton_refuses(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor | None) -> str | None:
