@@ -1,6 +1,7 @@
 """The roof is the lower of its two lines, and what is measured is a rate of the operator that it is named after."""
 
 import math
+import time
 from collections.abc import Callable
 
 import pytest
@@ -46,6 +47,16 @@ def test_measures_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ceilings, "_time_on_cpu", clock)
     measured = measure_ceilings("cpu", seconds=1e-6)
     assert measured == Ceilings({torch.float32: 2 * 32**3 / 0.25}, bytes_per_second=2 * 1000 / 1.0)
+
+
+def test_the_time_of_several_threads_is_not_added_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minillm.kernels.ceilings.time.process_time", iter([10.0, 13.0]).__next__)
+    monkeypatch.setattr("minillm.kernels.ceilings.time.perf_counter", iter([20.0, 22.0]).__next__)
+    monkeypatch.setattr("minillm.kernels.ceilings.torch.get_num_threads", lambda: 2)
+    assert ceilings._time_on_cpu(lambda: None) == 2.0
+    monkeypatch.setattr("minillm.kernels.ceilings.torch.get_num_threads", lambda: 1)
+    if time.get_clock_info("process_time").resolution < 1e-4:
+        assert ceilings._time_on_cpu(lambda: None) == 3.0
 
 
 def test_measures_this_machine(device: torch.device) -> None:
