@@ -27,6 +27,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from minillm.kernels.flash_decode.reference import merge_partial_attention as merge_partial_attention
 from minillm.layers.arguments import at_least
 
 _LOG2_E = math.log2(math.e)
@@ -131,34 +132,3 @@ class SoftmaxState:
         """
         output = self.weighted / self.total.masked_fill(self.total == 0, 1.0)
         return output, (self.highest + self.total.log()).squeeze(-1)
-
-
-def merge_partial_attention(outputs: Tensor, log_sums: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over all keys from attention over each of several parts of them.
-
-    ``lse = log sum_p exp(lse_p)`` and ``output = sum_p exp(lse_p - lse) output_p``: split-KV decoding merges the parts
-    of one cache (Dao et al. 2023, "Flash-Decoding"), ring attention those that come round (Liu et al. 2023), two at a
-    time.
-
-    Args:
-        outputs: (parts, ..., queries, value_dim), floating point: each part's own output.
-        log_sums: (parts, ..., queries): the log of each part's sum of exp(score), -inf where a query saw nothing of it.
-
-    Returns: output (..., queries, value_dim) in the dtype of ``outputs``, and log-sum-exp (..., queries) in that of
-    ``log_sums``, in which the sums are computed too. Differentiable in both; queries that saw nothing at all get zeros
-    and -inf, and no NaN as gradient. Raises ValueError for shapes that do not fit.
-    """
-    if outputs.dim() < 2 or outputs.shape[:-1] != log_sums.shape:
-        raise ValueError(
-            "outputs must be (parts, ..., queries, value_dim) and log_sums (parts, ..., queries), "
-            f"got shapes {tuple(outputs.shape)} and {tuple(log_sums.shape)}"
-        )
-    if not outputs.size(0):
-        raise ValueError("there must be at least one part to merge, got none")
-    pivot = finite(log_sums.detach().amax(0))  # cancels, so that its derivative is 0
-    weights = (log_sums - pivot).exp()
-    total = weights.sum(0)
-    nothing = total == 0
-    total = total.masked_fill(nothing, 1.0)
-    merged = ((weights / total)[..., None] * outputs).sum(0)
-    return merged.to(outputs.dtype), (pivot + total.log()).masked_fill(nothing, -math.inf)

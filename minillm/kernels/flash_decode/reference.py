@@ -54,18 +54,29 @@ def partial_attention(scores: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def merge_partial_attention(outputs: Tensor, log_sums: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention to all keys from attention to each of several parts of them: ``sum_p exp(lse_p - lse) output_p``.
+    """Attention over all keys from attention over each of several parts of them.
 
-    ``output_p`` is a sum that was divided by ``exp(lse_p)``: the products are the parts of the whole sum, divided by
-    ``exp(lse) = sum_p exp(lse_p)``. A part without a visible key has the lse -inf and the weight 0.
+    ``lse = log sum_p exp(lse_p)`` and ``output = sum_p exp(lse_p - lse) output_p``: split-KV decoding merges the parts
+    of one cache (Dao et al. 2023, "Flash-Decoding"), ring attention those that come round (Liu et al. 2023), two at a
+    time.
 
     Args:
-        outputs: (parts, ..., queries, value_dim). log_sums: (parts, ..., queries).
+        outputs: (parts, ..., queries, value_dim), floating point: each part's own output.
+        log_sums: (parts, ..., queries): the log of each part's sum of exp(score), -inf where a query saw nothing of it.
 
-    Returns: output (..., queries, value_dim) and lse (..., queries); zeros and -inf where no part has seen a key.
+    Returns: output (..., queries, value_dim) in the dtype of ``outputs``, and log-sum-exp (..., queries) in that of
+    ``log_sums``, in which the sums are computed too. Differentiable in both; queries that saw nothing at all get zeros
+    and -inf, and no NaN as gradient. Raises ValueError for shapes that do not fit.
     """
-    weights, lse = _softmax(log_sums, 0)
-    return (weights[..., None] * outputs).sum(0), lse.squeeze(0)
+    if outputs.dim() < 2 or outputs.shape[:-1] != log_sums.shape:
+        raise ValueError(
+            "outputs must be (parts, ..., queries, value_dim) and log_sums (parts, ..., queries), "
+            f"got shapes {tuple(outputs.shape)} and {tuple(log_sums.shape)}"
+        )
+    if not outputs.size(0):
+        raise ValueError("there must be at least one part to merge, got none")
+    weights, log_sum = _softmax(log_sums, 0)
+    return (weights[..., None] * outputs).sum(0).to(outputs.dtype), log_sum.squeeze(0)
 
 
 def _softmax(scores: Tensor, dim: int) -> tuple[Tensor, Tensor]:
