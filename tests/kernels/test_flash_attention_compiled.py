@@ -8,7 +8,7 @@ import torch
 
 from minillm.kernels import flash_attention
 from minillm.kernels.compile_only import SHARED_MEMORY, Launch, compile_only, recorded_launches
-from minillm.kernels.flash_attention import BlockSparse, launch, triton_flash_attention
+from minillm.kernels.flash_attention import BlockSparse, arguments, triton_flash_attention
 from minillm.kernels.flash_attention.tile_sizes import SMALLEST_BLOCK, Direction, largest_sparse_block, tile_sizes
 
 FORWARD, QUERIES, KEYS, DELTA = (
@@ -34,7 +34,7 @@ def launches(
         offsets = torch.tensor([0, length // 2, length], dtype=torch.int32)
         settings |= {"query_offsets": offsets, "max_query_length": length // 2, "max_key_length": length // 2}
     with (
-        mock.patch.object(launch, "capability_of", return_value=capability),
+        mock.patch.object(arguments, "capability_of", return_value=capability),
         mock.patch.object(flash_attention, "capability_of", return_value=capability),
         recorded_launches() as recorded,
     ):

@@ -8,8 +8,9 @@ import math
 import torch
 from torch import Tensor
 
+from minillm.kernels.flash_attention.arguments import capability_of
 from minillm.kernels.flash_attention.block_tables import BlockSparse, block_tables
-from minillm.kernels.flash_attention.launch import capability_of, flash_attention_forward
+from minillm.kernels.flash_attention.launch import flash_attention_forward
 from minillm.kernels.flash_attention.tile_sizes import SMALLEST_BLOCK, largest_sparse_block
 from minillm.kernels.runtime import interpreted
 
