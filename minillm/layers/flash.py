@@ -84,7 +84,7 @@ def flash_attention(
             ``|place - key| < window``.
         alibi_slopes: (n_heads,), floating point: ``slope * |place - key|`` is taken from the scores. Constants: they
             get no gradient.
-        scale: of the scores; None is ``1 / sqrt(head_dim)``.
+        scale: of the scores, finite; None is ``1 / sqrt(head_dim)``.
         layout: tiles of a sparse pattern (``Pattern.blocks(query_length, key_length, block_size)``); dead ones are not
             computed. ``causal`` and ``window`` hide more on top.
         dropout: probability of zeroing a weight, whatever the training mode; the others are scaled up. Which ones, a
@@ -99,15 +99,15 @@ def flash_attention(
 
     Returns: (batch, n_heads, query_length, value_dim) in the dtype of ``query``; with ``return_lse`` also, in float32
     (float64 for float64), (batch, n_heads, query_length): the natural logarithm of the sum of exp of the scaled scores.
-    A query that sees nothing gets zeros and -inf. Differentiable in both. The reference computes in float32 (float64
-    for float64), under autocast too. A second derivative raises RuntimeError. NaN or infinity in a key or value that is
-    hidden may reach the queries of its tile.
+    A query that sees nothing gets zeros and -inf. Differentiable in both. Autocast changes neither dtype; the reference
+    computes in float32 (float64 for float64). A second derivative raises RuntimeError. NaN or infinity in a key or
+    value that is hidden may reach the queries of its tile; to a query of NaN torch's CPU kernels may give zeros.
 
     Raises TypeError and ValueError for arguments that do not fit, and for a backend that cannot do the call.
     """
     check_attention(query, key, value, None, None, dropout)
     true_or_false("return_lse", return_lse)
-    check_scores(query.size(1), causal, window, alibi_slopes)
+    check_scores(query.size(1), causal, window, alibi_slopes, scale)
     if layout is not None:
         check_layout(layout, query.size(2), key.size(2))
     if seed is not None:

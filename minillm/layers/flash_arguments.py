@@ -1,5 +1,7 @@
 """What flash attention refuses at its door, and what torch's own kernels can take off its hands."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -8,11 +10,18 @@ from minillm.layers.block_layout import BlockLayout
 from minillm.layers.scaled_dot_product import scaled_dot_product_attention
 
 
-def check_scores(n_heads: int, causal: bool, window: int | None, alibi_slopes: Tensor | None) -> None:
+def check_scores(
+    n_heads: int, causal: bool, window: int | None, alibi_slopes: Tensor | None, scale: float | None
+) -> None:
     """Refuse what cannot say which keys are seen and how they score."""
     true_or_false("causal", causal)
     if window is not None:
         at_least("window", window, 1)
+    if scale is not None:
+        if not isinstance(scale, int | float) or isinstance(scale, bool):
+            raise TypeError(f"scale must be a number, got {scale!r}")
+        if not -math.inf < scale < math.inf:
+            raise ValueError(f"scale must be finite, got {scale}")
     if alibi_slopes is None:
         return
     if alibi_slopes.shape != (n_heads,) or not alibi_slopes.is_floating_point():
@@ -76,9 +85,10 @@ def torch_refuses(
 
 
 def torch_flash_attention(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float | None) -> Tensor:
-    """Torch's fused kernels; they take only tensors whose last dimension is dense."""
+    """Torch's fused kernels, in the inputs' dtype; they take only tensors whose last dimension is dense."""
     query, key, value = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (query, key, value))
-    return scaled_dot_product_attention(query, key, value, causal=causal, scale=scale)
+    with torch.autocast(query.device.type, enabled=False):  # it would narrow them, and what comes out
+        return scaled_dot_product_attention(query, key, value, causal=causal, scale=scale)
 
 
 def _fused_on_cuda(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> bool:

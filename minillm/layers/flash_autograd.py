@@ -40,7 +40,8 @@ class _Flash(torch.autograd.Function):
                 query, key, value, output, log_sums, d_output, d_log_sums, ctx.settings
             )
         if torch.is_grad_enabled():  # create_graph: the gradients may be used, but not differentiated
-            gradients = _Once.apply(*gradients, query, key, value, d_output)  # type: ignore[no-untyped-call]
+            inputs = (query, key, value, d_output, d_log_sums)
+            gradients = _Once.apply(*gradients, *inputs)  # type: ignore[no-untyped-call]
         return (*gradients, None)
 
 
@@ -48,7 +49,9 @@ class _Once(torch.autograd.Function):
     """Gradients that pretend to depend on the inputs, so that a second derivative is refused and not silently zero."""
 
     @staticmethod
-    def forward(d_query: Tensor, d_key: Tensor, d_value: Tensor, *_inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        d_query: Tensor, d_key: Tensor, d_value: Tensor, *_inputs: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         return d_query.view_as(d_query), d_key.view_as(d_key), d_value.view_as(d_value)
 
     @staticmethod

@@ -82,7 +82,7 @@ def flash_attention_varlen(
             raise ValueError(f"{name} must be packed, (heads, total, width), got shape {tuple(tensor.shape)}")
     check_attention(query[None], key[None], value[None], None, None, 0.0)
     true_or_false("return_lse", return_lse)
-    check_scores(query.size(0), causal, window, alibi_slopes)
+    check_scores(query.size(0), causal, window, alibi_slopes, scale)
     query_lengths = _lengths("query_offsets", query_offsets, query.size(1))
     if key_offsets is None:
         key_offsets, key_lengths = query_offsets, _lengths("query_offsets, for keys too,", query_offsets, key.size(1))

@@ -42,7 +42,7 @@ def softmax_statistics_two_pass(scores: Tensor, *, block_size: int) -> tuple[Ten
 
     Returns: two tensors (...). A row of -inf only, or of no scores, has highest -inf and sum 0.
     """
-    at_least("block_size", block_size, 1)
+    _check(scores, block_size)
     highest = scores.new_full(scores.shape[:-1], -math.inf)
     for block in torch.split(scores, block_size, -1) if scores.size(-1) else ():
         highest = torch.maximum(highest, block.amax(-1))
@@ -54,7 +54,7 @@ def softmax_statistics_two_pass(scores: Tensor, *, block_size: int) -> tuple[Ten
 
 def softmax_statistics(scores: Tensor, *, block_size: int) -> tuple[Tensor, Tensor]:
     """:func:`softmax_statistics_two_pass`, reading every block once: the running sum follows the running maximum."""
-    at_least("block_size", block_size, 1)
+    _check(scores, block_size)
     highest = scores.new_full(scores.shape[:-1], -math.inf)
     total = torch.zeros_like(highest)
     for block in torch.split(scores, block_size, -1) if scores.size(-1) else ():
@@ -70,6 +70,12 @@ def online_softmax(scores: Tensor, *, block_size: int) -> Tensor:
     highest, total = softmax_statistics(scores, block_size=block_size)
     weights = (scores - finite(highest)[..., None]).exp()
     return weights / total.masked_fill(total == 0, 1.0)[..., None]
+
+
+def _check(scores: Tensor, block_size: int) -> None:
+    if not scores.is_floating_point():
+        raise TypeError(f"scores must be floating point, got {scores.dtype}")
+    at_least("block_size", block_size, 1)
 
 
 def finite(highest: Tensor) -> Tensor:

@@ -402,6 +402,12 @@ def test_a_second_derivative_is_refused_rather_than_wrong():
     _close(gradient.detach(), torch.autograd.grad(reference(*inputs).sum(), inputs[0])[0])
     with pytest.raises(RuntimeError, match="differentiable once"):
         gradient.sum().backward()
+    output, log_sums = reference(*inputs, return_lse=True)
+    for result in (output, log_sums):  # by what comes from above, too: a backward pass twice is a forward derivative
+        above = torch.ones_like(result, requires_grad=True)
+        (gradient,) = torch.autograd.grad(result, inputs[0], above, create_graph=True)
+        with pytest.raises(RuntimeError, match="differentiable once"):
+            torch.autograd.grad(gradient.sum(), above)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo looks at it
@@ -418,11 +424,12 @@ def test_functional_gradients_checkpoints_and_compilation_agree():
             assert torch.equal(one, other)
 
 
-def test_autocast_changes_nothing_inside():
-    inputs = _inputs(30, 30, dtype=torch.float32)
-    plain = reference(*inputs)
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_autocast_changes_nothing_inside(backend):
+    inputs = _inputs(30, 30, dims=(8, 8), dtype=torch.float32)
+    plain = flash_attention(*inputs, backend=backend)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        under = reference(*inputs)
+        under = flash_attention(*inputs, backend=backend)
         gradients = torch.autograd.grad(under.sum(), inputs)
     assert torch.equal(under, plain)
     for one, other in zip(gradients, torch.autograd.grad(plain.sum(), inputs), strict=True):
@@ -546,6 +553,10 @@ def _wrong(**change: object) -> dict[str, object]:
         (_wrong(return_lse="yes"), TypeError, "return_lse must be True or False"),
         (_wrong(window=0), ValueError, "window must be at least 1"),
         (_wrong(window=2.0), TypeError, "window must be an integer"),
+        (_wrong(scale="large"), TypeError, "scale must be a number, got 'large'"),
+        (_wrong(scale=torch.ones(1)), TypeError, "scale must be a number"),
+        (_wrong(scale=math.nan), ValueError, "scale must be finite, got nan"),
+        (_wrong(scale=-math.inf), ValueError, "scale must be finite, got -inf"),
         (_wrong(alibi_slopes=torch.ones(3)), ValueError, r"alibi_slopes must be .* \(2,\)"),
         (_wrong(alibi_slopes=torch.ones(2).long()), ValueError, "alibi_slopes must be floating point"),
         (_wrong(alibi_slopes=torch.ones(2, requires_grad=True)), ValueError, "must not require a gradient"),

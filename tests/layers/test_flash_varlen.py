@@ -160,6 +160,7 @@ def _call(**change: object) -> dict[str, object]:
             "for keys too, must rise from 0 to the 6",
         ),
         (_call(window=0), ValueError, "window must be at least 1"),
+        (_call(scale=math.nan), ValueError, "scale must be finite, got nan"),
         (_call(alibi_slopes=torch.ones(3)), ValueError, "alibi_slopes must be"),
         (_call(return_lse=1), TypeError, "return_lse must be True or False"),
         (_call(return_lse=True, backend="torch"), ValueError, "log-sum-exp"),

@@ -158,3 +158,17 @@ def test_two_halves_of_the_keys_in_half_precision():
 def test_refuses_what_does_not_fit(run, words):
     with pytest.raises(ValueError, match=words):
         run()
+
+
+@pytest.mark.parametrize(
+    ("run", "name"),
+    [
+        (lambda: online_softmax(torch.zeros(2, 3).long(), block_size=1), "scores"),
+        (lambda: softmax_statistics_two_pass(torch.zeros(2, 3).long(), block_size=1), "scores"),
+        (lambda: merge_partial_attention(torch.zeros(2, 3, 4).long(), torch.zeros(2, 3)), "outputs"),
+        (lambda: merge_partial_attention(torch.zeros(2, 3, 4), torch.zeros(2, 3).long()), "log_sums"),
+    ],
+)
+def test_integers_are_refused_and_not_cut_off(run, name):
+    with pytest.raises(TypeError, match=f"{name} must be floating point, got torch.int64"):
+        run()

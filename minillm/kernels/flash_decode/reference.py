@@ -66,13 +66,16 @@ def merge_partial_attention(outputs: Tensor, log_sums: Tensor) -> tuple[Tensor, 
 
     Returns: output (..., queries, value_dim) in the dtype of ``outputs``, and log-sum-exp (..., queries) in that of
     ``log_sums``, in which the sums are computed too. Differentiable in both; queries that saw nothing at all get zeros
-    and -inf, and no NaN as gradient. Raises ValueError for shapes that do not fit.
+    and -inf, and no NaN as gradient. Raises ValueError for shapes that do not fit, TypeError for integers.
     """
     if outputs.dim() < 2 or outputs.shape[:-1] != log_sums.shape:
         raise ValueError(
             "outputs must be (parts, ..., queries, value_dim) and log_sums (parts, ..., queries), "
             f"got shapes {tuple(outputs.shape)} and {tuple(log_sums.shape)}"
         )
+    for name, tensor in (("outputs", outputs), ("log_sums", log_sums)):
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
     if not outputs.size(0):
         raise ValueError("there must be at least one part to merge, got none")
     weights, log_sum = _softmax(log_sums, 0)
