@@ -163,6 +163,10 @@ def test_torch_compile_traces_through(device):
     )
     for mine, right in zip((*results, *gradients), (*expected, *expected_gradients), strict=True):
         assert relative_error(mine, right) <= TOLERANCE[torch.float32]
+    for length in (33, 41):  # lengths are symbols from the second one on
+        longer = [torch.randn(1, n, length, 16, device=device) for n in (2, 1, 1)]
+        for mine, right in zip(compiled(*longer), attend(*longer), strict=True):
+            assert relative_error(mine, right) <= TOLERANCE[torch.float32]
 
 
 @pytest.mark.parametrize("kind", ["packed", "sparse"])

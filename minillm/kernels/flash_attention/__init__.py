@@ -121,17 +121,20 @@ def triton_flash_attention(
 def _misfit(query: Tensor, key: Tensor, value: Tensor, alibi_slopes: Tensor | None, packed: bool) -> str | None:
     """What is wrong with the shapes; None if they fit."""
     n_dimensions = 3 if packed else 4
-    shapes = " ".join(f"{name} {tuple(t.shape)}" for name, t in (("query", query), ("key", key), ("value", value)))
     if not query.dim() == key.dim() == value.dim() == n_dimensions:
-        return f"query, key and value must have {n_dimensions} dimensions, got {shapes}"
+        return f"query, key and value must have {n_dimensions} dimensions, got {_shapes(query, key, value)}"
     if key.shape != value.shape or query.size(-1) != key.size(-1) or query.shape[:-3] != key.shape[:-3]:
-        return f"key must be shaped as value, and as query but for its heads and its length, got {shapes}"
+        return f"key must be shaped as value, and as query but for its heads and its length, got {_shapes(query, key, value)}"
     n_heads, n_kv_heads = query.size(-3), key.size(-3)
     if n_kv_heads == 0 or n_heads % n_kv_heads:
         return f"the heads of key must divide those of query, got {n_kv_heads} and {n_heads}"
     if alibi_slopes is not None and alibi_slopes.shape != (n_heads,):
         return f"alibi_slopes must have shape ({n_heads},), got {tuple(alibi_slopes.shape)}"
     return None
+
+
+def _shapes(query: Tensor, key: Tensor, value: Tensor) -> str:
+    return f"query {tuple(query.shape)} key {tuple(key.shape)} value {tuple(value.shape)}"
 
 
 def _longest(offsets: Tensor) -> int:
