@@ -1,5 +1,6 @@
 """How kernels that work on whole rows share them out: what a program holds at a time, and how many programs walk."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -41,6 +42,14 @@ def check_row_parameter(name: str, parameter: Tensor, x: Tensor) -> None:
         raise ValueError(f"x must have a last dimension of at least 1, got shape {tuple(x.shape)}")
     if parameter.shape != x.shape[-1:]:
         raise ValueError(f"{name} must be ({x.size(-1)},) for x {tuple(x.shape)}, got shape {tuple(parameter.shape)}")
+
+
+def check_eps(eps: float) -> None:
+    """Refuse what cannot stand under the root."""
+    if not isinstance(eps, int | float) or isinstance(eps, bool):
+        raise TypeError(f"eps must be a number, got {eps!r}")
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"eps must be a finite number of at least 0, got {eps}")
 
 
 def statistics_dtype(x: Tensor) -> torch.dtype:

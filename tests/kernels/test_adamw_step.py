@@ -187,6 +187,9 @@ def test_wrong_input_is_refused() -> None:
         adamw_step(x, x, x, x.double(), step=1)
     with pytest.raises(ValueError, match="step must be at least 1, got 0"):
         adamw_step(x, x, x, x, step=0)
+    for step in (1.5, torch.tensor(1), True):
+        with pytest.raises(TypeError, match="step must be an integer"):
+            adamw_step(x, x, x, x, step=step)
     with pytest.raises(ValueError, match="eps must be a finite number of at least 0, got -1"):
         adamw_step(x, x, x, x, step=1, eps=-1)
     with pytest.raises(ValueError, match=r"betas must be two numbers in \[0, 1\), got \(0.9, 1\)"):

@@ -212,6 +212,8 @@ def test_wrong_input_is_refused() -> None:
         rms_norm(x, torch.ones(1))
     with pytest.raises(ValueError, match="eps must be a finite number of at least 0, got -1"):
         rms_norm(x, weight, eps=-1)
+    with pytest.raises(TypeError, match="eps must be a number, got '1e-5'"):
+        rms_norm(x, weight, eps="1e-5")
     with pytest.raises(ValueError, match="residual must be of the shape and dtype of x"):
         rms_norm(x, weight, residual=torch.ones(3))
 

@@ -164,6 +164,8 @@ def test_wrong_input_is_refused() -> None:
         rope(x.long(), cos, cos)
     with pytest.raises(TypeError, match=r"sin must be floating point, got torch\.int64"):
         rope(x, cos, cos.long())
+    with pytest.raises(TypeError, match="interleaved must be True or False, got 'no'"):
+        rope(x, cos, cos, interleaved="no")
     with pytest.raises(ValueError, match=r"x must be \(batch, heads, seq, head_dim\) with an even head_dim, got shape"):
         rope(x[..., :7], cos, cos)
     with pytest.raises(ValueError, match=r"cos must be \(5, 4\) or \(2, 5, 4\) for x \(2, 3, 5, 8\)"):

@@ -8,8 +8,9 @@ from functools import partial
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from minillm.kernels import runtime, softmax
+from minillm.kernels import geglu, layer_norm, rms_norm, runtime, softmax, swiglu
 from minillm.kernels.runtime import as_rows, choose_backend, row_block, triton_problem
 
 
@@ -137,3 +138,24 @@ def test_auto_runs_the_kernels_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None
     x = torch.randn(5, 7, device="cuda")
     torch.testing.assert_close(softmax(x), x.softmax(-1))
     assert len(started) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_torchs_operators_keep_the_dtype_under_autocast_on_a_gpu(dtype: torch.dtype) -> None:
+    enabled = torch.is_autocast_enabled("cuda")
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        with FakeTensorMode():  # tensors on a GPU that need not be there: only what they are is calculated
+            x, weight = (torch.empty(shape, dtype=dtype, device="cuda") for shape in ((4, 8), (8,)))
+            assert x.softmax(-1).dtype == torch.float32  # what torch does of itself
+            outputs = (
+                softmax(x, backend="torch"),
+                rms_norm(x, weight, backend="torch"),
+                *rms_norm(x, weight, residual=x, backend="torch"),
+                layer_norm(x, weight, weight, backend="torch"),
+                swiglu(x, x, backend="torch"),
+                geglu(x, x, backend="torch"),
+            )
+    finally:
+        torch.set_autocast_enabled("cuda", enabled)
+    assert {output.dtype for output in outputs} == {dtype}

@@ -320,7 +320,10 @@ def _grid(record: Record, rows: int, columns: int) -> list[str]:
         ({"causal": True}, ["█▒··", "██▒·", "███▒"]),
         ({"causal": True, "window": 5}, ["▒▒··", "·▒▒·", "··▒▒"]),
         ({"causal": True, "window": 8}, ["█▒··", "▒█▒·", "·▒█▒"]),
+        ({"causal": True, "window": 7}, ["▒▒··", "▒▒▒·", "·▒▒▒"]),  # one pair of the farther tiles is too far
         ({"window": 4}, ["▒█▒·", "·▒█▒", "··▒█"]),
+        ({"window": 5}, ["▒█▒·", "·▒█▒", "··▒█"]),
+        ({"window": 7}, ["▒█▒▒", "▒▒█▒", "·▒▒█"]),
     ],
 )
 def test_dead_tiles_are_skipped_and_only_edges_are_masked(options, expected):

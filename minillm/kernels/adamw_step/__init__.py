@@ -60,6 +60,8 @@ def adamw_step(
             )
     if exp_avg.dtype != exp_avg_sq.dtype:
         raise TypeError(f"exp_avg and exp_avg_sq must have one dtype, got {exp_avg.dtype} and {exp_avg_sq.dtype}")
+    if not isinstance(step, int) or isinstance(step, bool):
+        raise TypeError(f"step must be an integer, got {step!r}")
     if step < 1:
         raise ValueError(f"step must be at least 1, got {step}")
     check_hyperparameters(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)

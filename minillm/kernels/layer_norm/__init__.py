@@ -1,13 +1,11 @@
 """LayerNorm in one kernel: each number is read once and written once."""
 
-import math
-
 from torch import Tensor
 from torch.nn import functional as F
 
 from minillm.kernels.layer_norm.launch import triton_layer_norm
 from minillm.kernels.layer_norm.reference import layer_norm_reference
-from minillm.kernels.rows import check_row_parameter
+from minillm.kernels.rows import check_eps, check_row_parameter
 from minillm.kernels.runtime import Backend, choose_backend
 
 
@@ -38,12 +36,11 @@ def layer_norm(
         check_row_parameter(name, parameter, x)
         if parameter.dtype != x.dtype:
             torch_refuses = f"F.layer_norm needs a {name} of the dtype of x, got {parameter.dtype} and {x.dtype}"
-    if not (math.isfinite(eps) and eps >= 0):
-        raise ValueError(f"eps must be a finite number of at least 0, got {eps}")
+    check_eps(eps)
     chosen = choose_backend(backend, x, *parameters.values(), torch_refuses=torch_refuses)
     if chosen == "triton":
         y: Tensor = triton_layer_norm(x, weight, bias, eps)[0]
         return y
     if chosen == "torch":
-        return F.layer_norm(x, weight.shape, weight, bias, eps)
+        return F.layer_norm(x, weight.shape, weight, bias, eps).to(x.dtype)  # under autocast on a GPU it is float32
     return layer_norm_reference(x, weight, bias, eps=eps)

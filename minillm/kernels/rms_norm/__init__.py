@@ -1,6 +1,5 @@
 """RMSNorm in one kernel, with the addition of the residual stream before it where there is one."""
 
-import math
 from typing import overload
 
 from torch import Tensor
@@ -8,7 +7,7 @@ from torch.nn import functional as F
 
 from minillm.kernels.rms_norm.launch import triton_add_rms_norm, triton_rms_norm
 from minillm.kernels.rms_norm.reference import rms_norm_reference
-from minillm.kernels.rows import check_row_parameter
+from minillm.kernels.rows import check_eps, check_row_parameter
 from minillm.kernels.runtime import Backend, choose_backend
 
 
@@ -46,8 +45,7 @@ def rms_norm(
     Raises TypeError for dtypes and ValueError for shapes and an ``eps`` that are not these.
     """
     check_row_parameter("weight", weight, x)
-    if not (math.isfinite(eps) and eps >= 0):
-        raise ValueError(f"eps must be a finite number of at least 0, got {eps}")
+    check_eps(eps)
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
         raise ValueError(
             f"residual must be of the shape and dtype of x, {tuple(x.shape)} {x.dtype}, "
@@ -66,7 +64,7 @@ def rms_norm(
         return y, summed
     summed = x if residual is None else x + residual
     if chosen == "torch":
-        y = F.rms_norm(summed, weight.shape, weight, eps)
+        y = F.rms_norm(summed, weight.shape, weight, eps).to(x.dtype)  # under autocast on a GPU it is float32
     else:
         y = rms_norm_reference(summed, weight, eps=eps)
     return y if residual is None else (y, summed)

@@ -28,6 +28,8 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False, back
     for name, tensor in (("x", x), ("cos", cos), ("sin", sin)):
         if not tensor.is_floating_point():
             raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
+    if not isinstance(interleaved, bool):
+        raise TypeError(f"interleaved must be True or False, got {interleaved!r}")
     if x.dim() != 4 or x.size(-1) < 2 or x.size(-1) % 2:
         raise ValueError(f"x must be (batch, heads, seq, head_dim) with an even head_dim, got shape {tuple(x.shape)}")
     batch, _, seq, head_dim = x.shape

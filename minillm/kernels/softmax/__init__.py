@@ -31,5 +31,6 @@ def softmax(x: Tensor, *, backend: Backend = "auto") -> Tensor:
         return y
     if chosen == "torch":
         empty = (x.detach() == -float("inf")).all(-1, keepdim=True)
-        return x.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
+        y = x.masked_fill(empty, 0.0).softmax(-1).to(x.dtype)  # under autocast on a GPU it is float32
+        return y.masked_fill(empty, 0.0)
     return softmax_reference(x)
