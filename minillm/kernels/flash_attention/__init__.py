@@ -124,7 +124,8 @@ def _misfit(query: Tensor, key: Tensor, value: Tensor, alibi_slopes: Tensor | No
     if not query.dim() == key.dim() == value.dim() == n_dimensions:
         return f"query, key and value must have {n_dimensions} dimensions, got {_shapes(query, key, value)}"
     if key.shape != value.shape or query.size(-1) != key.size(-1) or query.shape[:-3] != key.shape[:-3]:
-        return f"key must be shaped as value, and as query but for its heads and its length, got {_shapes(query, key, value)}"
+        shapes = _shapes(query, key, value)
+        return f"key must be shaped as value, and as query but for its heads and its length, got {shapes}"
     n_heads, n_kv_heads = query.size(-3), key.size(-3)
     if n_kv_heads == 0 or n_heads % n_kv_heads:
         return f"the heads of key must divide those of query, got {n_kv_heads} and {n_heads}"
