@@ -133,11 +133,13 @@ def test_nothing_to_do(backend: str, shape: tuple[int, ...], device: torch.devic
 
 
 def test_offsets_beyond_two_billion(device: torch.device) -> None:
-    far = 2**31 - 8  # only the pages that are written become memory
-    gate = torch.empty(far + 64, dtype=torch.float16, device=device).as_strided((2, 20), (far, 1))
-    gate.copy_(torch.randn(2, 20))
-    up, dy = torch.randn(2, 2, 20, device=device).half()
-    actual = computed("silu", gate.requires_grad_(), up.requires_grad_(), dy, backend="triton")
+    far = 2**30 + 8  # a stride within int32, twice which is not; only the pages that are written become memory
+    memory = torch.empty(2 * far + 64, dtype=torch.float16, device=device)
+    gate, up, dy = (memory.as_strided((3, 20), (far, 1), offset) for offset in (0, 21, 42))
+    for tensor in (gate, up, dy):
+        tensor.copy_(torch.randn(3, 20))
+    with watched_memory():
+        actual = computed("silu", gate.requires_grad_(), up.requires_grad_(), dy, backend="triton")
     for mine, theirs in zip(actual, oracle("silu", gate, up, dy), strict=True):
         assert relative_error(mine, theirs) <= TOLERANCE[torch.float16]
 

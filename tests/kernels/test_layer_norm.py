@@ -132,13 +132,17 @@ def test_strides_of_any_kind(backend: str, device: torch.device) -> None:
             assert relative_error(ours, theirs) <= TOLERANCE[torch.float32]
 
 
-def test_offsets_beyond_two_billion(device: torch.device) -> None:
-    far = 2**31 - 8  # only the pages that are written become memory
-    x = torch.empty(far + 64, dtype=torch.float16, device=device).as_strided((2, 20), (far, 1))
-    x.copy_(torch.randn(2, 20))
+@pytest.mark.parametrize("tile", [RowTile(2, 32, 1), RowTile(1, 16, 1)])
+def test_offsets_beyond_two_billion(tile: RowTile, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "row_tile", lambda n_columns, largest=0: tile)
+    far = 2**30 + 8  # a stride within int32, twice which is not; only the pages that are written become memory
+    memory = torch.empty(2 * far + 64, dtype=torch.float16, device=device)
+    x, dy = (memory.as_strided((3, 20), (far, 1), offset) for offset in (0, 24))
+    for tensor in (x, dy):
+        tensor.copy_(torch.randn(3, 20))
     weight, bias = (torch.randn(20, device=device).half().requires_grad_() for _ in range(2))
-    dy = torch.randn_like(x)
-    actual = computed(x.requires_grad_(), weight, bias, dy, backend="triton")
+    with watched_memory():
+        actual = computed(x.requires_grad_(), weight, bias, dy, backend="triton")
     for ours, theirs in zip(actual, oracle(x, weight, bias, dy), strict=True):
         assert relative_error(ours, theirs) <= TOLERANCE[torch.float16]
 
@@ -169,6 +173,9 @@ def test_torch_compile_traces_through(device: torch.device) -> None:
     for shift in (False, True):
         inputs = (x.detach(), x.detach(), weight.detach(), mean, mean, shift)
         torch.library.opcheck(operators.layer_norm_backward.default, inputs)
+        narrow, scale = x.detach().bfloat16(), weight.detach().half()
+        torch.library.opcheck(operators.layer_norm.default, (narrow, scale, scale if shift else None, EPS))
+        torch.library.opcheck(operators.layer_norm_backward.default, (narrow, narrow, scale, mean, mean, shift))
     compiled = torch.compile(
         lambda *args: layer_norm(*args, eps=EPS, backend="triton"), fullgraph=True, backend="aot_eager"
     )

@@ -136,6 +136,15 @@ def test_the_sum_is_exact_and_either_output_may_go_unused(backend: str, device: 
     assert torch.equal(dx, dresidual)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_is_normed_is_the_sum_as_it_is_returned(backend: str, device: torch.device) -> None:
+    x, residual = torch.randn(2, 30, 24, device=device).half()  # the interpreter cuts bfloat16 off, it does not round
+    weight = torch.ones(24, dtype=torch.float16, device=device)
+    y, summed = rms_norm(x, weight, residual=residual, backend=backend)
+    assert torch.equal(summed, x + residual)
+    assert torch.equal(y, rms_norm(summed, weight, backend=backend))  # of the sum in float32 some would differ
+
+
 def test_gradients_are_the_same_every_time(device: torch.device) -> None:
     x, weight, dy = drawn(500, 33, device=device), drawn(33, device=device), torch.randn(500, 33, device=device)
     first, second = (computed(x, weight, None, dy, backend="triton") for _ in range(2))
@@ -156,13 +165,18 @@ def test_strides_of_any_kind(backend: str, device: torch.device) -> None:
             assert relative_error(ours, theirs) <= TOLERANCE[torch.float32]
 
 
-def test_offsets_beyond_two_billion(device: torch.device) -> None:
-    far = 2**31 - 8  # only the pages that are written become memory
-    x = torch.empty(far + 64, dtype=torch.float16, device=device).as_strided((2, 20), (far, 1))
-    x.copy_(torch.randn(2, 20))
-    weight, dy = torch.ones(20, dtype=torch.float16, device=device, requires_grad=True), torch.randn_like(x)
+@pytest.mark.parametrize("tile", [RowTile(2, 32, 1), RowTile(1, 16, 1)])
+def test_offsets_beyond_two_billion(tile: RowTile, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "row_tile", lambda n_columns, largest=0: tile)
+    far = 2**30 + 8  # a stride within int32, twice which is not; only the pages that are written become memory
+    memory = torch.empty(2 * far + 64, dtype=torch.float16, device=device)
+    x, dy = (memory.as_strided((3, 20), (far, 1), offset) for offset in (0, 24))
+    for tensor in (x, dy):
+        tensor.copy_(torch.randn(3, 20))
+    weight = torch.ones(20, dtype=torch.float16, device=device, requires_grad=True)
     x.requires_grad_()
-    actual = computed(x, weight, None, dy, backend="triton")
+    with watched_memory():
+        actual = computed(x, weight, None, dy, backend="triton")
     for ours, theirs in zip(actual, oracle(x, weight, None, dy), strict=True):
         assert relative_error(ours, theirs) <= TOLERANCE[torch.float16]
 
@@ -195,6 +209,11 @@ def test_torch_compile_traces_through(device: torch.device) -> None:
     inputs = [t.detach() for t in (x, residual, x, weight)]
     rstd = torch.ones(4, 3, device=device)
     torch.library.opcheck(torch.ops.minillm.rms_norm_backward.default, (*inputs, rstd))
+    for dtypes in ((torch.bfloat16, torch.float32), (torch.float32, torch.float16)):
+        narrow, scale = x.detach().to(dtypes[0]), weight.detach().to(dtypes[1])
+        torch.library.opcheck(torch.ops.minillm.rms_norm.default, (narrow, scale, EPS))
+        torch.library.opcheck(torch.ops.minillm.add_rms_norm.default, (narrow, narrow, scale, EPS))
+        torch.library.opcheck(torch.ops.minillm.rms_norm_backward.default, (narrow, narrow, narrow, scale, rstd))
     compiled = torch.compile(lambda *args: computed(*args, backend="triton"), fullgraph=True, backend="aot_eager")
     for ours, theirs in zip(compiled(x, weight, residual), oracle(x, weight, residual), strict=True):
         assert relative_error(ours, theirs) <= TOLERANCE[torch.float32]

@@ -68,6 +68,20 @@ def test_strides_of_any_kind(backend: str, device: torch.device) -> None:
         assert relative_error(softmax(view, backend=backend), oracle(view)) <= TOLERANCE[torch.float32]
 
 
+def test_offsets_beyond_two_billion(device: torch.device) -> None:
+    far = 2**30 + 8  # a stride within int32, twice which is not; only the pages that are written become memory
+    memory = torch.empty(2 * far + 64, dtype=torch.float16, device=device)
+    x, dy = (memory.as_strided((3, 20), (far, 1), offset) for offset in (0, 24))
+    for tensor in (x, dy):
+        tensor.copy_(torch.randn(3, 20))
+    x.requires_grad_()
+    with watched_memory():
+        y = softmax(x, backend="triton")
+        dx = torch.ops.minillm.softmax_backward(dy, y.detach())
+    assert relative_error(y, oracle(x)) <= TOLERANCE[torch.float16]
+    assert relative_error(dx, gradient(x, dy)) <= 2 * TOLERANCE[torch.float16]
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0,)])
 def test_nothing_to_do(backend: str, shape: tuple[int, ...], device: torch.device) -> None:

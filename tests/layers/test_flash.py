@@ -337,6 +337,19 @@ def test_dead_tiles_are_skipped_and_only_edges_are_masked(options, expected):
         assert by_row == sorted(by_row, key=lambda at: at if forward is flash_attention_2_forward else at[::-1])
 
 
+def test_tiles_are_narrow_for_narrow_windows_and_small_for_many_heads():
+    def first_tile(heads: int, **options: Any) -> tuple[int, int]:
+        record = Record()
+        flash_attention_2_forward(*[torch.zeros(1, heads, 600, 1)] * 3, FlashSettings(**options), record)
+        return record.tiles[0].queries.stop, record.tiles[0].keys.stop
+
+    assert first_tile(1) == (128, 256)
+    assert first_tile(1, causal=True, window=100) == (128, 100)
+    assert first_tile(1, window=3) == (128, 64)
+    assert first_tile(32) == (128, 128)
+    assert first_tile(100) == (64, 64)  # 2**19 scores and no more, down to this size
+
+
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_a_layouts_dead_tiles_are_not_computed(is_causal):
     inputs = [t.detach() for t in _inputs(40, 40)]
@@ -608,6 +621,19 @@ def test_attends_inside_multi_head_attention(backend):
             strict=True,
         ):
             torch.testing.assert_close(one, other)
+
+
+def test_what_a_layer_passes_on_arrives():
+    inputs = [t.detach() for t in _inputs(12, 16, dims=(8, 8))]
+    attend, options = FlashAttention(window=5, backend="reference"), {"causal": True, "scale": 0.3, "dropout": 0.4}
+    torch.manual_seed(5)
+    output = attend(*inputs, **options)
+    torch.manual_seed(5)
+    assert torch.equal(output, flash_attention(*inputs, **options, window=5))
+    for left_out in options:
+        torch.manual_seed(5)
+        others = {name: value for name, value in options.items() if name != left_out}
+        assert not torch.equal(output, reference(*inputs, **others, window=5))
 
 
 @pytest.mark.parametrize("name", ["mask", "bias", "return_weights"])
