@@ -207,6 +207,15 @@ def test_gradients_with_lengths_window_and_slopes(backend: str) -> None:
     assert torch.autograd.gradcheck(decode, (query, key, value, slopes))
 
 
+@pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
+def test_autocast_changes_nothing(backend: str, device: torch.device) -> None:
+    query, key, value = tensors((2, 4, 2, 1, 20, 16), torch.float32, device)
+    with torch.autocast(device.type, torch.bfloat16):
+        output = split_kv_decode(query, key, value, backend=backend)
+    assert output.dtype is torch.float32
+    assert relative_error(output, oracle(query, key, value)) <= TOLERANCE[torch.float32]
+
+
 def test_torch_compile_traces_through(device: torch.device) -> None:
     query, key, value = tensors((2, 2, 1, 1, 40, 16), torch.float32, device)
     lengths, slopes = torch.tensor([40, 20], device=device), torch.rand(2, device=device)
@@ -230,6 +239,7 @@ def test_torch_compile_traces_through(device: torch.device) -> None:
         (TypeError, "one floating-point dtype, got torch.float16", {"query": torch.zeros(2, 4, 1, 16).half()}),
         (ValueError, r"n_splits must be in \[1, 128\], or None, got 0", {"n_splits": 0}),
         (TypeError, r"n_splits must be an integer, or None, got 2\.5", {"n_splits": 2.5}),
+        (ValueError, "scale must be a finite number, or None, got nan", {"scale": float("nan")}),
         (ValueError, r"window must be at least 1 \(a token sees itself\), or None, got 0", {"window": 0}),
         (ValueError, "alibi_slopes must be floating point, one for each of the 4", {"alibi_slopes": torch.zeros(2)}),
         (TypeError, "lengths must be int32 or int64, got torch.float32", {"lengths": torch.zeros(2)}),

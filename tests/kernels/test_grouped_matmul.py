@@ -198,6 +198,8 @@ def test_wrong_input_is_refused() -> None:
         grouped_matmul(rows.half(), weights, counts)
     with pytest.raises(TypeError, match="one floating-point type"):
         grouped_matmul(rows.long(), weights.long(), counts)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match="one floating-point type"):
+        grouped_matmul(rows.long(), weights, counts)
     for tensors, backend, reason in (
         ((rows.double(), weights.double()), "triton", "multiply float32, float16 and bfloat16, got float64"),
         ((rows.double(), weights.double()), "torch", "takes float32, float16 and bfloat16, got float64"),

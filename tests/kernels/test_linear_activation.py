@@ -261,12 +261,19 @@ def test_wrong_input_is_refused() -> None:
         linear_activation(x, weight.half())
     with pytest.raises(TypeError, match="x must be floating point"):
         linear_activation(x.long(), weight.long())
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match="x must be floating point"):
+        linear_activation(x.long(), weight)
     with pytest.raises(ValueError, match=r"backend='triton' cannot be used: the kernel multiplies float32, float16"):
         linear_activation(x.double(), weight.double(), backend="triton")
     with pytest.raises(ValueError, match=r"running_var must be \(d_out=4,\), got \(5,\)"):
         fold_batch_norm(weight, bias, bias, torch.ones(5))
     with pytest.raises(ValueError, match="weight must be"):
         fold_batch_norm(bias, bias, bias, bias)
+
+
+def test_shapes_without_numbers() -> None:
+    x, weight = torch.empty(3, 5, device="meta"), torch.empty(4, 5, device="meta")
+    assert linear_activation(x, weight, activation="gelu").shape == (3, 4)
 
 
 def test_tiles_are_sorted_and_fit_into_shared_memory() -> None:

@@ -243,12 +243,29 @@ def test_autocast_is_that_of_a_linear_layer(device: torch.device) -> None:
         assert loss.item() == linear_cross_entropy(*half, targets, backend=backend).item()
         assert dweight.dtype is torch.float32
         assert relative_error(dweight, expected(*half, None, targets, torch.ones(()))[2]) <= TOLERANCE[torch.bfloat16]
+    for wrong in (weight.double(), weight.long()):  # which autocast leaves alone
+        with torch.autocast(device.type, torch.bfloat16), pytest.raises(TypeError, match="one floating-point dtype"):
+            linear_cross_entropy(x, wrong, targets)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_a_second_derivative_is_refused(backend: str, device: torch.device) -> None:
+    x, weight, _, targets = inputs(4, 16, 7, torch.float32, device)
+    x.requires_grad_(), weight.requires_grad_()
+    loss = linear_cross_entropy(x, weight, targets, backend=backend)
+    dx, dweight = torch.autograd.grad(loss, (x, weight), create_graph=True)
+    assert relative_error(dx, expected(x, weight, None, targets, torch.ones(()))[1]) <= TOLERANCE[torch.float32]
+    for gradient in (dx, dweight):
+        with pytest.raises(RuntimeError, match=r"differentiable once|no autograd formula"):
+            torch.autograd.grad(gradient.square().sum(), x, retain_graph=True)
 
 
 def test_a_mean_over_no_target_and_classes_that_are_none(device: torch.device) -> None:
     x, weight, _, targets = inputs(4, 16, 7, torch.float32, device)
     x.requires_grad_()
-    for backend in ("reference", "triton"):
+    for backend in ("reference", "torch", "triton"):
+        if backend == "torch" and not hasattr(torch.nn.functional, "linear_cross_entropy"):
+            continue
         nothing = linear_cross_entropy(x, weight, torch.full_like(targets, -100), backend=backend)
         assert nothing.isnan()
         assert torch.equal(torch.autograd.grad(nothing, x)[0], torch.zeros_like(x))
@@ -325,6 +342,7 @@ def test_chunks_are_as_large_as_the_hidden_states():
             {"weight": torch.zeros(3, 8).half()},
         ),
         (ValueError, "chunk_rows must be at least 1, or None, got 0", {"chunk_rows": 0}),
+        (TypeError, r"chunk_rows must be an integer, or None, got 2\.0", {"chunk_rows": 2.0}),
         (ValueError, r"targets must be in \[0, 3\) or ignore_index=-100, got 3", {"targets": torch.full((4,), 3)}),
         (ValueError, "reduction must be one of", {"reduction": "max"}),
         (ValueError, "'torch' cannot be used: .*torch", {"z_loss": 1e-4, "backend": "torch"}),

@@ -48,27 +48,28 @@ def split_kv_decode(
             where looking would mean waiting, taken for the nearest that is inside.
         n_splits: pieces, 1 to 128; None: enough for two programs a multiprocessor, see ``launch.default_splits``. It
             changes nothing but the order of summation; "torch" has none.
-        scale: of the scores; None: ``1 / sqrt(head_dim)``.
+        scale: of the scores, finite; None: ``1 / sqrt(head_dim)``.
         window: see the last ``window`` keys only, the own one included.
         alibi_slopes: (n_heads,), floating point: scores fall by slope times distance (Press et al. 2022).
         backend: "triton": the kernels; for inference only, head_dim 16, 32, 64, 128 or 256, not float64. "torch":
             ``F.scaled_dot_product_attention``, one sequence after the other if lengths differ (these then travel to the
             host). "reference": the formula, likewise. See :func:`minillm.kernels.choose_backend`.
 
-    Returns: as ``query``. A query that sees no key, as in a sequence of length 0, gets zeros. Raises TypeError for
-    dtypes, ValueError for shapes and values that are not allowed.
+    Returns: as ``query``, calculated in its dtype under autocast too. A query that sees no key, as in a sequence of
+    length 0, gets zeros. Raises TypeError for dtypes, ValueError for shapes and values that are not allowed.
     """
-    _check(query, key, value, lengths, n_splits, window, alibi_slopes)
+    _check(query, key, value, lengths, n_splits, scale, window, alibi_slopes)
     head_dim, capacity = query.size(3), key.size(2)
     tensors = [tensor for tensor in (query, key, value, lengths, alibi_slopes) if tensor is not None]
     chosen = choose_backend(backend, *tensors, triton_refuses=_triton_refuses(query, key, value, alibi_slopes))
     scale = 1 / math.sqrt(head_dim) if scale is None else scale
-    if chosen == "torch":
-        return _torch_decode(query, key, value, lengths, scale, window, alibi_slopes)
     if n_splits is None:
         n_splits = default_splits(key.size(0) * key.size(1), capacity, multiprocessors(query.device))
-    if chosen == "reference":
-        return split_kv_decode_reference(query, key, value, lengths, n_splits, scale, window, alibi_slopes)
+    if chosen != "triton":
+        with torch.autocast(query.device.type, enabled=False):  # it would narrow the products one by one
+            if chosen == "torch":
+                return _torch_decode(query, key, value, lengths, scale, window, alibi_slopes)
+            return split_kv_decode_reference(query, key, value, lengths, n_splits, scale, window, alibi_slopes)
     output: Tensor = triton_split_kv_decode(query, key, value, lengths, n_splits, scale, window, alibi_slopes)
     return output
 
@@ -128,6 +129,7 @@ def _check(
     value: Tensor,
     lengths: Tensor | None,
     n_splits: int | None,
+    scale: float | None,
     window: int | None,
     slopes: Tensor | None,
 ) -> None:
@@ -154,6 +156,8 @@ def _check(
         raise ValueError(f"n_splits must be in [1, {MOST_SPLITS}], or None, got {n_splits}")
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1 (a token sees itself), or None, got {window}")
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"scale must be a finite number, or None, got {scale}")
     if slopes is not None and (slopes.shape != (q[1],) or not slopes.is_floating_point()):
         raise ValueError(
             f"alibi_slopes must be floating point, one for each of the {q[1]} heads, got {slopes.dtype} of shape "

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from minillm.kernels.autocast import autocast_dtype
 from minillm.kernels.grouped_matmul.launch import triton_grouped_matmul
 from minillm.kernels.grouped_matmul.reference import grouped_matmul_reference
 from minillm.kernels.runtime import Backend, choose_backend
@@ -42,9 +43,8 @@ def grouped_matmul(rows: Tensor, weights: Tensor, counts: Tensor, *, backend: Ba
         )
     if counts.shape != (n_groups,) or counts.dtype is not torch.int64:
         raise ValueError(f"counts must be int64 (n_groups={n_groups},), got {counts.dtype} {tuple(counts.shape)}")
-    device = rows.device.type
-    if torch.is_autocast_enabled(device) and torch.float64 not in (rows.dtype, weights.dtype):
-        dtype = torch.get_autocast_dtype(device)
+    dtype = autocast_dtype(rows, weights)
+    if dtype is not None:
         rows, weights = rows.to(dtype), weights.to(dtype)
     if not rows.is_floating_point() or weights.dtype is not rows.dtype:
         raise TypeError(f"rows and weights must have one floating-point type, got {rows.dtype} and {weights.dtype}")

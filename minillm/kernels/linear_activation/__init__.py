@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from minillm.kernels.autocast import autocast_dtype
 from minillm.kernels.linear_activation.batch_norm import fold_batch_norm
 from minillm.kernels.linear_activation.launch import triton_linear_activation
 from minillm.kernels.linear_activation.reference import Activation, linear_activation_reference
@@ -56,9 +57,8 @@ def linear_activation(
     if bias is not None and bias.shape != (d_out,):
         raise ValueError(f"bias must be (d_out={d_out},), got {tuple(bias.shape)}")
     tensors: tuple[Tensor, ...] = (x, weight) if bias is None else (x, weight, bias)
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and all(tensor.dtype is not torch.float64 for tensor in tensors):
-        dtype = torch.get_autocast_dtype(device)
+    dtype = autocast_dtype(*tensors)
+    if dtype is not None:
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         tensors = (x, weight) if bias is None else (x, weight, bias)
     if not x.is_floating_point():

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from minillm.kernels.autocast import autocast_dtype
 from minillm.kernels.cross_entropy import check_targets
 from minillm.kernels.cross_entropy.reference import LossTerms, Reduction, reduce_losses
 from minillm.kernels.linear_cross_entropy.launch import triton_linear_cross_entropy
@@ -54,10 +55,11 @@ def linear_cross_entropy(
             half-precision weight. See :func:`minillm.kernels.choose_backend`.
 
     Returns: a number, or (n,) for "none"; float32 (float64 for float64). Sums over rows, the weight's gradient among
-    them, are taken in float32 and rounded once. Raises as :func:`minillm.kernels.cross_entropy`.
+    them, are taken in float32 and rounded once; by the kernels, in half precision, each chunk's share of the
+    weight's is rounded too, before it is added. Differentiable once. Raises as :func:`minillm.kernels.cross_entropy`.
     """
-    if torch.is_autocast_enabled(x.device.type) and x.dtype is not torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
+    dtype = autocast_dtype(x, weight) if bias is None else autocast_dtype(x, weight, bias)
+    if dtype is not None:
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     terms = LossTerms(ignore_index, label_smoothing, z_loss, logit_softcap)
     _check(x, weight, bias, chunk_rows)
@@ -71,9 +73,20 @@ def linear_cross_entropy(
         options = torch.nn.LinearCrossEntropyOptions(
             batch_chunk_size=chunk_rows, chunking_method=None, allow_retain_graph=True
         )
-        return F.linear_cross_entropy(
-            x, weight, targets, linear_bias=bias, reduction=reduction, ignore_index=ignore_index, options=options
+        loss = F.linear_cross_entropy(
+            x,
+            weight,
+            targets,
+            linear_bias=bias,
+            reduction="sum" if reduction == "mean" else reduction,
+            ignore_index=ignore_index,
+            options=options,
         )
+        if reduction != "mean":
+            return loss
+        # torch's own mean over no target has NaN as its gradient, where that of its cross-entropy is 0.
+        counted = terms.counted(targets).sum()
+        return torch.where(counted > 0, loss / counted.clamp(min=1), torch.nan)
     if chosen == "triton":
         losses, _ = triton_linear_cross_entropy(
             x, weight, bias, targets, ignore_index, label_smoothing, z_loss, logit_softcap or 0.0, chunk_rows
@@ -106,5 +119,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, chunk_rows: int | Non
         raise TypeError(
             f"x, weight and bias must have one floating-point dtype, got {', '.join(sorted(map(str, dtypes)))}"
         )
+    if chunk_rows is not None and (not isinstance(chunk_rows, int) or isinstance(chunk_rows, bool)):
+        raise TypeError(f"chunk_rows must be an integer, or None, got {chunk_rows!r}")
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"chunk_rows must be at least 1, or None, got {chunk_rows}")

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from minillm.kernels.cross_entropy.reference import LossTerms, cross_entropy_gradient, cross_entropy_reference
 
@@ -46,9 +45,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return losses
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dlosses: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, targets, lse = ctx.saved_tensors
+        inputs = x, weight, bias, targets, lse = ctx.saved_tensors
         wide_weight, wide_bias = _wide(weight), None if bias is None else _wide(bias)
 
         def dlogits(rows: slice) -> Tensor:
@@ -56,8 +54,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
             return cross_entropy_gradient(logits, targets[rows], lse[rows], dlosses[rows], ctx.terms)
 
         needed = ctx.needs_input_grad[:3]
-        gradients = iter(chunked_gradients(x, wide_weight, dlogits, needed, ctx.chunk_rows))
-        return (*(next(gradients).to(x.dtype) if need else None for need in needed), None, None, None)
+        with torch.no_grad():
+            gradients = [g.to(x.dtype) for g in chunked_gradients(x, wide_weight, dlogits, needed, ctx.chunk_rows)]
+        if torch.is_grad_enabled():  # create_graph: the gradients may be used, but not differentiated
+            gradients = list(_Once.apply(len(gradients), *gradients, *inputs[:3], dlosses))  # type: ignore[no-untyped-call]
+        some = iter(gradients)
+        return (*(next(some) if need else None for need in needed), None, None, None)
+
+
+class _Once(torch.autograd.Function):
+    """Gradients that pretend to depend on the inputs, so that a second derivative is refused and not silently zero."""
+
+    @staticmethod
+    def forward(ctx: Any, n_gradients: int, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        return tuple(tensor.view_as(tensor) for tensor in tensors[:n_gradients] if tensor is not None)
+
+    @staticmethod
+    def backward(ctx: Any, *_gradients: Tensor) -> Any:
+        raise RuntimeError("linear_cross_entropy is differentiable once: use cross_entropy(x @ weight.T) for more")
 
 
 def chunks(n: int, chunk_rows: int) -> list[slice]:
