@@ -176,13 +176,29 @@ def test_strides(device, order):
         assert output.stride() == given[0].stride()  # so that the heads can be joined without a copy
 
 
-def test_offsets_beyond_int32(device):
-    """Keys that lie more than 2**31 elements apart; the memory between them is never touched."""
-    far = torch.empty(2**31 + 200, dtype=torch.float16, device=device)
-    key = far.as_strided((1, 2, 5, 16), (0, 2**31 + 20, 16, 1))
-    key.copy_(torch.randn(key.shape))
-    query = torch.randn(1, 2, 5, 16, dtype=torch.float16, device=device)
-    with watched_memory():
-        output, _ = triton_flash_attention(query, key, key)
-    expected, _ = dense_attention(query.double(), key.double(), key.double())
+@pytest.mark.parametrize(
+    ("shape", "n_kv_heads", "strides"),
+    [((3, 1, 5), 1, (1, 0, 0)), ((1, 3, 5), 3, (0, 1, 0)), ((1, 3, 5), 1, (0, 1, 0)), ((1, 1, 33), 1, (0, 0, 16))],
+)
+def test_offsets_beyond_int32(shape, n_kv_heads, strides, device):
+    """Strides within int32, whose products with an index are not; the memory between the numbers is never touched."""
+    far = 2**30 + 8
+    strides = [far // stride if stride else 0 for stride in strides]
+    memory = torch.empty(2 * far + 400, dtype=torch.float16, device=device)
+    strides = [strides[0], strides[1], strides[2] or 64, 1]
+    heads = [shape[1], n_kv_heads, n_kv_heads, shape[1]]
+    query, key, value, d_output = (
+        memory.as_strided((shape[0], n_heads, shape[2], 16), strides, 16 * number)
+        for number, n_heads in enumerate(heads)
+    )
+    for tensor in (query, key, value, d_output):
+        tensor.copy_(torch.randn(tensor.shape))
+    inputs = [tensor.requires_grad_() for tensor in (query, key, value)]
+    with watched_memory(races=False):
+        output, _ = triton_flash_attention(*inputs)
+        gradients = torch.autograd.grad(output, inputs, d_output)
+    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    expected, _ = dense_attention(*exact)
     assert relative_error(output, expected) <= TOLERANCE[torch.float16]
+    for ours, theirs in zip(gradients, torch.autograd.grad(expected, exact, d_output.double()), strict=True):
+        assert relative_error(ours, theirs) <= TOLERANCE[torch.float16]

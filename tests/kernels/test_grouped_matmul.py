@@ -128,14 +128,19 @@ def test_nothing_to_do(backend: str, n_rows: int, d_in: int, d_out: int, device:
 
 
 def test_offsets_beyond_two_billion(device: torch.device) -> None:
-    far = 2**31 - 8  # only the pages that are written become memory
-    weights = torch.empty(far + 256, dtype=torch.float16, device=device).as_strided((2, 5, 20), (far, 20, 1))
-    weights.copy_(torch.randn(2, 5, 20))
-    rows = torch.randn(6, 20, dtype=torch.float16, device=device)
-    counts = torch.tensor([2, 3], device=device)
-    with watched_memory():
+    far = 2**30 + 8  # a stride within int32, twice which is not; only the pages that are written become memory
+    memory = torch.empty(2 * far + 256, dtype=torch.float16, device=device)
+    rows, d_out = memory.as_strided((33, 20), (far // 16, 1), 0), memory.as_strided((33, 5), (far // 16, 1), 20)
+    weights = memory.as_strided((3, 5, 20), (far, 20, 1), 64)
+    for tensor in (rows, d_out, weights):
+        tensor.copy_(torch.randn(tensor.shape))
+    counts = torch.tensor([0, 0, 33], device=device)
+    expected, gradients = oracle(rows, weights, counts, d_out)
+    with watched_memory(races=False):
         out = grouped_matmul(rows, weights, counts, backend="triton")
-    assert relative_error(out, oracle(rows, weights, counts)[0]) <= TOLERANCE[torch.float16]
+        d_weights = launch.triton_grouped_outer_products(d_out, rows, counts)
+    assert relative_error(out, expected) <= TOLERANCE[torch.float16]
+    assert relative_error(d_weights, gradients[1]) <= TOLERANCE[torch.float16]
 
 
 @pytest.mark.parametrize("counts", [[-5, 3], [50, 50], [2**40, 1], [-(2**40), 2**40], [3, 2**62]])

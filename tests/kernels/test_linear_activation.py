@@ -129,13 +129,20 @@ def test_strides_of_any_kind(device: torch.device) -> None:
 
 
 def test_offsets_beyond_two_billion(device: torch.device) -> None:
-    far = 2**31 - 8  # only the pages that are written become memory
-    x = torch.empty(far + 64, dtype=torch.float16, device=device).as_strided((2, 20), (far, 1))
-    x.copy_(torch.randn(2, 20))
-    weight = torch.randn(5, 20, dtype=torch.float16, device=device)
-    with watched_memory():
-        out = linear_activation(x, weight, backend="triton")
-    assert relative_error(out, oracle(x, weight, None, None)[0]) <= TOLERANCE[torch.float16]
+    far = 2**30 + 8  # a stride within int32, twice which is not; only the pages that are written become memory
+    memory = torch.empty(2 * far + 128, dtype=torch.float16, device=device)
+    x, weight, d_out = (memory.as_strided((3, 20), (far, 1), offset) for offset in (0, 20, 40))
+    deep = [memory.as_strided((2, 33), (1, far // 16), offset) for offset in (100, 102)]
+    for tensor in (x, weight, d_out, *deep):
+        tensor.copy_(torch.randn(tensor.shape))
+    before = torch.randn(3, 20, device=device).half().requires_grad_()
+    with watched_memory(races=False):
+        for factors in ((x, weight), deep):
+            out = linear_activation(*factors, backend="triton")
+            assert relative_error(out, oracle(*factors, None, None)[0]) <= TOLERANCE[torch.float16]
+        d_before, _ = launch.triton_activation_backward(d_out, before.detach(), "silu", True)
+    (expected,) = torch.autograd.grad(F.silu(before.double()), before, d_out.double())
+    assert relative_error(d_before, expected) <= TOLERANCE[torch.float16]
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu"])

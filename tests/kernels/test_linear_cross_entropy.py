@@ -296,14 +296,16 @@ def test_nothing_to_do_and_strides_of_any_kind(backend: str, device: torch.devic
 
 
 def test_offsets_beyond_32_bits(device: torch.device) -> None:
-    far = 2**31 - 8  # only the pages that are written become memory
-    x, _, _, targets = inputs(3, 20, 2, torch.float16, device)
-    weight = torch.empty(far + 64, dtype=torch.float16, device=device).as_strided((2, 20), (far, 1))
-    weight.copy_(torch.randn(2, 20))
-    x.requires_grad_()
-    loss = linear_cross_entropy(x, weight, targets, backend="triton")
-    want = expected(x, weight, None, targets, torch.ones(()))
+    far = 2**30 + 8  # a stride within int32, twice which is not; only the pages that are written become memory
+    memory = torch.empty(2 * far + 40, dtype=torch.float16, device=device)
+    x, weight = (memory.as_strided((3, 20), (far, 1), offset).copy_(torch.randn(3, 20)) for offset in (0, 20))
+    bias, targets = torch.randn(3, device=device).half().requires_grad_(), torch.tensor([2, 0, 1], device=device)
+    with watched_memory(races=False):
+        loss = linear_cross_entropy(x, weight, targets, bias=bias, backend="triton")
+        (dbias,) = torch.autograd.grad(loss, bias)
+    want = expected(x, weight, bias, targets, torch.ones(()))
     assert relative_error(loss, want[0]) <= TOLERANCE[torch.float32]
+    assert relative_error(dbias, want[3]) <= TOLERANCE[torch.float16]
 
 
 def test_torch_compile_traces_through(device: torch.device) -> None:
