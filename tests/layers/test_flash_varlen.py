@@ -86,6 +86,16 @@ def test_every_backend_and_one_set_of_offsets(backend, dtype):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_scores_are_scaled_as_asked(backend):
+    (query, key, value), (offsets, _) = _packed([5, 1, 9], [5, 1, 9], value_dim=8)
+    output = flash_attention_varlen(query, key, value, offsets, scale=-0.7, backend=backend)
+    expected, _ = _expected(
+        [-0.7 * 8**0.5 * query, key, value], [offsets, offsets], causal=False, window=None, slopes=None
+    )
+    torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
+
+
 def test_torch_takes_all_sequences_or_none():
     inputs, offsets = _packed([5, 3], [5, 4], value_dim=8)
     with pytest.raises(ValueError, match="3 queries and 4 keys"):
