@@ -119,6 +119,17 @@ def test_merged_parts_are_the_whole_with_its_gradients(widths, hidden, seed):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("base", [0.0, 1e4, -1e4])
+def test_parts_far_apart_merge_without_overflow(base):
+    outputs = torch.tensor([[[1.0]], [[2.0]], [[4.0]]])
+    log_sums = (base + torch.tensor([[-900.0], [700.0], [700.0]])).requires_grad_()
+    merged, log_sum = merge_partial_attention(outputs, log_sums)
+    assert merged.item() == 3.0
+    assert log_sum.item() == pytest.approx(base + 700 + math.log(2))
+    (gradient,) = torch.autograd.grad(merged.sum() + log_sum.sum(), log_sums)
+    torch.testing.assert_close(gradient, torch.tensor([[0.0], [0.5 * (1 + 2 - 3)], [0.5 * (1 + 4 - 3)]]))
+
+
 def test_any_order_and_any_grouping_merge_to_the_same():
     outputs, log_sums, _ = _parts(4, [3, 2, 5, 1], 0.5, 7)
     whole = merge_partial_attention(torch.stack(outputs), torch.stack(log_sums))
