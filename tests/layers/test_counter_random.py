@@ -83,6 +83,12 @@ def test_neighbours_and_seeds_share_nothing() -> None:
     assert abs((signs[..., :60] * signs[..., :60].mT)[..., above].mean()) < 4.5 / (6 * above.sum()) ** 0.5
 
 
+def test_the_counter_is_key_query_head_batch() -> None:
+    batch, head, query, key = _numbers(2, 3, 5, 7)
+    kept = attention_dropout_kept(batch, head, query, key, p=0.25, seed=9)
+    assert torch.equal(kept, philox_4x32((key, query, head, batch), 9)[0] >= 2**30)
+
+
 @pytest.mark.parametrize("seed", [-1, 2**64])
 def test_a_seed_that_is_no_key_is_refused(seed: int) -> None:
     with pytest.raises(ValueError, match="seed must be in"):
