@@ -129,8 +129,8 @@ def test_nothing_to_do(backend: str, n_rows: int, d_in: int, d_out: int, device:
 
 def test_offsets_beyond_two_billion(device: torch.device) -> None:
     far = 2**30 + 8  # a stride within int32, twice which is not; only the pages that are written become memory
-    memory = torch.empty(2 * far + 256, dtype=torch.float16, device=device)
-    rows, d_out = memory.as_strided((33, 20), (far // 16, 1), 0), memory.as_strided((33, 5), (far // 16, 1), 20)
+    memory = torch.empty(33 * (far // 15), dtype=torch.float16, device=device)
+    rows, d_out = memory.as_strided((33, 20), (far // 15, 1), 0), memory.as_strided((33, 5), (far // 15, 1), 20)
     weights = memory.as_strided((3, 5, 20), (far, 20, 1), 64)
     for tensor in (rows, d_out, weights):
         tensor.copy_(torch.randn(tensor.shape))

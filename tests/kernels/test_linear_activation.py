@@ -53,8 +53,8 @@ def test_reference_and_torch_are_exact_in_float64(backend: str, activation: str 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", TORCH)
 def test_kernel_values_and_gradients(activation: str | None, dtype: torch.dtype, device: torch.device) -> None:
-    x, weight, bias = (some(*shape, dtype=dtype, device=device) for shape in ((2, 35, 45), (70, 45), (70,)))
-    d_out = guarded(torch.randn(2, 35, 70, device=device).to(dtype))
+    x, weight, bias = (some(*shape, dtype=dtype, device=device) for shape in ((2, 35, 45), (40, 45), (40,)))
+    d_out = guarded(torch.randn(2, 35, 40, device=device).to(dtype))
     with watched_memory(races=dtype is torch.float32):
         out = linear_activation(x, weight, bias, activation=activation, backend="triton")
         gradients = torch.autograd.grad(out, (x, weight, bias), d_out)
@@ -130,9 +130,9 @@ def test_strides_of_any_kind(device: torch.device) -> None:
 
 def test_offsets_beyond_two_billion(device: torch.device) -> None:
     far = 2**30 + 8  # a stride within int32, twice which is not; only the pages that are written become memory
-    memory = torch.empty(2 * far + 128, dtype=torch.float16, device=device)
+    memory = torch.empty(33 * (far // 15), dtype=torch.float16, device=device)
     x, weight, d_out = (memory.as_strided((3, 20), (far, 1), offset) for offset in (0, 20, 40))
-    deep = [memory.as_strided((2, 33), (1, far // 16), offset) for offset in (100, 102)]
+    deep = [memory.as_strided((2, 33), (1, far // 15), offset) for offset in (100, 102)]
     for tensor in (x, weight, d_out, *deep):
         tensor.copy_(torch.randn(tensor.shape))
     before = torch.randn(3, 20, device=device).half().requires_grad_()
@@ -303,14 +303,15 @@ def test_the_compiler_accepts_it(capability: int, device: torch.device, monkeypa
     x, weight, bias = (torch.empty(shape, dtype=dtype) for shape in ((4096, 4096), (4096, 4096), (4096,)))
     with recorded_launches() as launches:
         launch.triton_linear_activation(x, weight, bias, "gelu", True)
-        launch.triton_activation_backward(x, x, "gelu", True)
         if capability == 80:
             launch.triton_linear_activation(x[:, :100].float(), weight[:, :100].float(), None, "relu", False)
-    product, backward, *plain = compile_only(launches, capability)
+        else:  # numbers one by one: the same for every GPU
+            launch.triton_activation_backward(x, x, "gelu", True)
+    product, other = compile_only(launches, capability)
     assert product.count("wgmma.mma_async" if capability == 90 else "mma.sync") > 0
     assert product.count("cp.async") > 0
     assert product.shared <= (SHARED_MEMORY[90] if capability == 90 else SHARED_MEMORY[89])
-    for compiled in (product, backward, *plain):
+    for compiled in (product, other):
         assert compiled.spilled == 0
 
 
