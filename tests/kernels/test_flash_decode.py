@@ -168,6 +168,15 @@ def test_offsets_beyond_32_bits(device: torch.device) -> None:
         assert relative_error(output, oracle(query, cache, cache)) <= TOLERANCE[torch.float16]
 
 
+def test_lengths_that_cannot_be_lead_nowhere(device: torch.device) -> None:
+    query, key, value = (guarded(tensor) for tensor in tensors((3, 2, 1, 1, 40, 16), torch.float32, device))
+    lengths = torch.tensor([-5, 45, 2**31 - 1], device=device)  # as on a GPU, where they cannot be refused
+    with watched_memory(races=False):
+        output = torch.ops.minillm.split_kv_decode(query, key, value, lengths, 2, 0.25, None, None)
+    expected = oracle(query, key, value, lengths=lengths.clamp(0, 40), scale=0.25)
+    assert relative_error(output, expected) <= TOLERANCE[torch.float32]
+
+
 def test_pieces_are_as_many_as_fill_the_device():
     assert default_splits(1, 100_000, 132) == 128  # one sequence, one key head: the most there may be
     assert default_splits(8, 100_000, 132) == 33  # ceil(264 / 8)

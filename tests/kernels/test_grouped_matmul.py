@@ -143,7 +143,7 @@ def test_offsets_beyond_two_billion(device: torch.device) -> None:
     assert relative_error(d_weights, gradients[1]) <= TOLERANCE[torch.float16]
 
 
-@pytest.mark.parametrize("counts", [[-5, 3], [50, 50], [2**40, 1], [-(2**40), 2**40], [3, 2**62]])
+@pytest.mark.parametrize("counts", [[-5, 3], [50, 50], [2**40, 1], [-(2**40), 2**40], [3, 2**62], [2**63 - 1] * 2])
 def test_counts_that_cannot_be_lead_nowhere(counts: list[int], device: torch.device) -> None:
     # on a GPU nobody looks at them: the operators themselves must stay inside
     rows, weights, d_out = (guarded(torch.randn(s, device=device)) for s in ((40, 5), (2, 6, 5), (40, 6)))
