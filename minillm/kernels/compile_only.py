@@ -22,6 +22,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from minillm.kernels import runtime
+
 SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448}  # bytes that a block may have, by capability
 
 _TYPES = {
@@ -41,11 +43,13 @@ _TYPES = {
 class Launch:
     """One start of a kernel, as the compiler would see it.
 
-    kernel: "module:function". grid: programs along each axis. signature: type by argument, such as "*bf16" or "i32";
-    divisible: the arguments that the compiler may take for multiples of 16 (addresses in bytes). constants: values by
-    argument, a Triton dtype as {"dtype": name}. options: num_warps, num_stages and the like.
+    capability: of the GPU it is meant for: 80, 86, 89, 90 ... kernel: "module:function". grid: programs along each
+    axis. signature: type by argument, such as "*bf16" or "i32"; divisible: the arguments that the compiler may take for
+    multiples of 16 (addresses in bytes). constants: values by argument, a Triton dtype as {"dtype": name}. options:
+    num_warps, num_stages and the like.
     """
 
+    capability: int
     kernel: str
     grid: tuple[int, ...]
     signature: dict[str, str]
@@ -56,8 +60,12 @@ class Launch:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler made of a launch: bytes of shared memory a block, registers and spilled bytes a thread, PTX."""
+    """What the compiler made of a launch for a GPU of that capability.
 
+    shared: bytes of shared memory a block; registers, and spilled bytes, a thread; ptx: the program.
+    """
+
+    capability: int
     kernel: str
     shared: int
     registers: int
@@ -70,23 +78,29 @@ class Compiled:
 
 
 @contextmanager
-def recorded_launches() -> Iterator[list[Launch]]:
-    """A list that gets every launch in this block; nothing is run, so results are whatever memory held.
+def recorded_launches(capability: int) -> Iterator[list[Launch]]:
+    """A list that gets every launch in this block, with the tile sizes for a GPU of that compute capability.
 
-    Inside, the tensors may be of any size (``torch.empty``), on a CPU, forward and backward.
+    Nothing is run, so results are whatever memory held. Inside, the tensors may be of any size (``torch.empty``), on a
+    CPU, forward and backward.
     """
     import triton.runtime.jit as jit
 
     launches: list[Launch] = []
 
     def record(kernel: Any, grid: tuple[int, ...]) -> Any:
-        return lambda *args, **keywords: launches.append(_launch(kernel, grid, args, keywords))
+        return lambda *args, **keywords: launches.append(_launch(capability, kernel, grid, args, keywords))
 
-    with mock.patch.object(jit.KernelInterface, "__getitem__", record):
+    with (
+        mock.patch.object(jit.KernelInterface, "__getitem__", record),
+        mock.patch.object(runtime, "compute_capability", return_value=capability),
+    ):
         yield launches
 
 
-def _launch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], keywords: dict[str, Any]) -> Launch:
+def _launch(
+    capability: int, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], keywords: dict[str, Any]
+) -> Launch:
     names = list(kernel.arg_names)
     values = dict(zip(names, args, strict=False))
     values.update({name: value for name, value in keywords.items() if name in names})
@@ -112,11 +126,11 @@ def _launch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], keywords:
     if "UPCAST" in constants:  # what only the interpreter needs
         constants["UPCAST"] = False
     module = f"{kernel.fn.__module__}:{kernel.fn.__name__}"
-    return Launch(module, tuple(grid), signature, tuple(divisible), constants, options)
+    return Launch(capability, module, tuple(grid), signature, tuple(divisible), constants, options)
 
 
-def compile_only(launches: Iterable[Launch], capability: int) -> list[Compiled]:
-    """Compile each launch for a compute capability (80, 86, 89, 90 ...): one process for all of them, no GPU needed.
+def compile_only(launches: Iterable[Launch]) -> list[Compiled]:
+    """Compile each launch for the GPU it is meant for: one process for all of them, no GPU needed.
 
     Raises RuntimeError with the compiler's last words if one cannot be compiled.
     """
@@ -126,18 +140,18 @@ def compile_only(launches: Iterable[Launch], capability: int) -> list[Compiled]:
         environment["TRITON_CACHE_DIR"] = cache
         done = subprocess.run(
             [sys.executable, "-m", "minillm.kernels.compile_only"],
-            input=json.dumps({"capability": capability, "launches": [asdict(launch) for launch in launches]}),
+            input=json.dumps([asdict(launch) for launch in launches]),
             env=environment,
             capture_output=True,
             text=True,
             check=False,
         )
     if done.returncode != 0:
-        raise RuntimeError(f"compiling for sm_{capability} failed:\n{done.stderr[-3000:]}")
+        raise RuntimeError(f"compiling failed:\n{done.stderr[-3000:]}")
     return [Compiled(**compiled) for compiled in json.loads(done.stdout.splitlines()[-1])]
 
 
-def _compile(launch: Launch, capability: int) -> Compiled:
+def _compile(launch: Launch) -> Compiled:
     import importlib
 
     import triton
@@ -154,11 +168,11 @@ def _compile(launch: Launch, capability: int) -> Compiled:
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in launch.divisible}
     compiled = triton.compile(
         ASTSource(kernel, signature, constants, attributes),
-        target=GPUTarget("cuda", capability, 32),
+        target=GPUTarget("cuda", launch.capability, 32),
         options=launch.options,
     )
     registers, stack = _resources(compiled.asm["cubin"])
-    return Compiled(launch.kernel, compiled.metadata.shared, registers, stack, compiled.asm["ptx"])
+    return Compiled(launch.capability, launch.kernel, compiled.metadata.shared, registers, stack, compiled.asm["ptx"])
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
@@ -181,6 +195,5 @@ def _cuobjdump() -> str:
 
 
 if __name__ == "__main__":
-    request = json.load(sys.stdin)
-    results = [_compile(Launch(**launch), request["capability"]) for launch in request["launches"]]
+    results = [_compile(Launch(**launch)) for launch in json.load(sys.stdin)]
     print(json.dumps([asdict(compiled) for compiled in results]))

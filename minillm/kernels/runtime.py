@@ -94,6 +94,18 @@ def interpreted() -> bool:
     return language is not None and type(language.sum).__name__ == "InterpretedFunction"
 
 
+def compute_capability(device: torch.device) -> int:
+    """90 for a GPU of compute capability 9.0, and so on; 0 where kernels are interpreted. Tile sizes depend on it.
+
+    To be called as ``runtime.compute_capability``: where launches are recorded for a GPU that is not there, that name
+    stands for another function (:func:`minillm.kernels.compile_only.recorded_launches`).
+    """
+    if interpreted():
+        return 0
+    properties = torch.cuda.get_device_properties(device)
+    return 10 * properties.major + properties.minor
+
+
 def upcast(dtype: torch.dtype) -> bool:
     """Whether a kernel has to bring this dtype to float32 before it calculates with it or multiplies matrices of it.
 

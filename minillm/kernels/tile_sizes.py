@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from minillm.kernels.runtime import interpreted
+from minillm.kernels import runtime
 
 PROGRAMS = 108  # multiprocessors of an A100; an H100 has 132. Fewer tiles than this leave some of them idle
 
@@ -53,17 +53,17 @@ FLOAT32 = (  # no tensor cores: full float32 products, one multiplication and ad
 INTERPRETED = (TileSizes(32, 32, 32, num_warps=4, num_stages=1, row_tiles=2),)
 
 
-def candidates(dtype: torch.dtype, capability: tuple[int, int]) -> tuple[TileSizes, ...]:
-    """The tiles for this type on a GPU of this compute capability, largest first."""
+def candidates(dtype: torch.dtype, capability: int) -> tuple[TileSizes, ...]:
+    """The tiles for this type on a GPU of this compute capability (90 for 9.0; 0: interpreted), largest first."""
+    if capability == 0:
+        return INTERPRETED
     if dtype is torch.float32:
         return FLOAT32
     # Data-centre Hopper and Blackwell; consumer Blackwell is 12.0, with the shared memory of the cards before it.
-    return HOPPER if (9, 0) <= capability < (12, 0) else AMPERE
+    return HOPPER if 90 <= capability < 120 else AMPERE
 
 
 def tile_sizes(n_rows: int, n_columns: int, dtype: torch.dtype, device: torch.device) -> TileSizes:
     """The largest tile of which a result (n_rows, n_columns) gives every multiprocessor one; else the smallest."""
-    if interpreted():
-        return INTERPRETED[0]
-    table = candidates(dtype, torch.cuda.get_device_capability(device))
+    table = candidates(dtype, runtime.compute_capability(device))
     return next((tile for tile in table if tile.programs(n_rows, n_columns) >= PROGRAMS), table[-1])

@@ -2,13 +2,11 @@
 
 from collections.abc import Sequence
 from typing import get_args
-from unittest import mock
 
 import torch
 
-from minillm.kernels import flash_attention
 from minillm.kernels.compile_only import SHARED_MEMORY, Launch, compile_only, recorded_launches
-from minillm.kernels.flash_attention import BlockSparse, arguments, triton_flash_attention
+from minillm.kernels.flash_attention import BlockSparse, triton_flash_attention
 from minillm.kernels.flash_attention.tile_sizes import SMALLEST_BLOCK, Direction, largest_sparse_block, tile_sizes
 
 FORWARD, QUERIES, KEYS, DELTA = (
@@ -33,11 +31,7 @@ def launches(
         key, value = (torch.empty(8 // group, length, head_dim, dtype=dtype, requires_grad=True) for _ in range(2))
         offsets = torch.tensor([0, length // 2, length], dtype=torch.int32)
         settings |= {"query_offsets": offsets, "max_query_length": length // 2, "max_key_length": length // 2}
-    with (
-        mock.patch.object(arguments, "capability_of", return_value=capability),
-        mock.patch.object(flash_attention, "capability_of", return_value=capability),
-        recorded_launches() as recorded,
-    ):
+    with recorded_launches(capability) as recorded:
         output, _ = triton_flash_attention(query, key, value, **settings)
         torch.autograd.grad(output, [query, key, value], torch.empty_like(output))
     return [one for name in kernels for one in recorded if one.kernel.endswith(f":{name}")]
@@ -56,8 +50,7 @@ def test_hopper(device):
             *launches(90, half, 128, [FORWARD, QUERIES, KEYS], causal=True),
             *launches(90, half, 64, [KEYS], causal=True, window=256, alibi_slopes=slopes, group=4),
             *launches(90, half, 80, [FORWARD, DELTA], packed=True),
-        ],
-        90,
+        ]
     )
     for kernel in compiled:
         assert kernel.shared <= SHARED_MEMORY[90], kernel.kernel
@@ -74,8 +67,7 @@ def test_ampere_and_consumer_gpus(device):
             *launches(80, torch.float16, 128, [FORWARD, KEYS], causal=True),
             *launches(80, torch.bfloat16, 64, [QUERIES], sparse=sparse(), causal=True),
             *launches(80, torch.float32, 64, [FORWARD], causal=True),
-        ],
-        80,
+        ]
     )
     for kernel, tensor_cores in zip(compiled, (True, True, True, False), strict=True):
         assert kernel.shared <= SHARED_MEMORY[86], kernel.kernel

@@ -287,32 +287,30 @@ def test_tiles_are_sorted_and_fit_into_shared_memory() -> None:
     for capability in (80, 86, 89, 90, 120):
         limit = SHARED_MEMORY.get(capability, SHARED_MEMORY[89])
         for dtype in DTYPES:
-            table = tile_sizes.candidates(dtype, divmod(capability, 10))
+            table = tile_sizes.candidates(dtype, capability)
             for tile in table:
                 held = (tile.block_m + tile.block_n) * tile.block_k * dtype.itemsize * tile.num_stages
                 assert held <= limit
             assert all(one.block_m * one.block_n > other.block_m * other.block_n for one, other in pairwise(table))
 
 
-@pytest.mark.parametrize("capability", [80, 90])
-def test_the_compiler_accepts_it(capability: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    tables = {dtype: tile_sizes.candidates(dtype, divmod(capability, 10)) for dtype in DTYPES}
-    monkeypatch.setattr(launch, "tile_sizes", lambda n_rows, n_columns, dtype, device: tables[dtype][0])
-    monkeypatch.setattr(launch, "interpreted", lambda: False)
-    dtype = torch.bfloat16 if capability == 90 else torch.float16
-    x, weight, bias = (torch.empty(shape, dtype=dtype) for shape in ((4096, 4096), (4096, 4096), (4096,)))
-    with recorded_launches() as launches:
+def test_the_compiler_accepts_it(device: torch.device) -> None:
+    x, weight, bias = (torch.empty(shape, dtype=torch.float16) for shape in ((4096, 4096), (4096, 4096), (4096,)))
+    with recorded_launches(80) as ampere:
         launch.triton_linear_activation(x, weight, bias, "gelu", True)
-        if capability == 80:
-            launch.triton_linear_activation(x[:, :100].float(), weight[:, :100].float(), None, "relu", False)
-        else:  # numbers one by one: the same for every GPU
-            launch.triton_activation_backward(x, x, "gelu", True)
-    product, other = compile_only(launches, capability)
-    assert product.count("wgmma.mma_async" if capability == 90 else "mma.sync") > 0
-    assert product.count("cp.async") > 0
-    assert product.shared <= (SHARED_MEMORY[90] if capability == 90 else SHARED_MEMORY[89])
-    for compiled in (product, other):
-        assert compiled.spilled == 0
+        launch.triton_linear_activation(x[:, :100].float(), weight[:, :100].float(), None, "relu", False)
+    with recorded_launches(90) as hopper:
+        launch.triton_linear_activation(*(tensor.bfloat16() for tensor in (x, weight, bias)), "gelu", True)
+        launch.triton_activation_backward(x, x, "gelu", True)  # numbers one by one: the same for every GPU
+    for recorded in (ampere, hopper):
+        largest = tile_sizes.candidates(torch.float16, recorded[0].capability)[0]
+        assert recorded[0].constants["BLOCK_N"] == largest.block_n
+    all_compiled = compile_only([*ampere, *hopper])
+    assert not any(compiled.spilled for compiled in all_compiled)
+    for compiled in all_compiled[::2]:
+        assert compiled.count("wgmma.mma_async" if compiled.capability == 90 else "mma.sync") > 0
+        assert compiled.count("cp.async") > 0
+        assert compiled.shared <= SHARED_MEMORY[90 if compiled.capability == 90 else 89]
 
 
 @pytest.mark.gpu

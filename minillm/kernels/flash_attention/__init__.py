@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from minillm.kernels.flash_attention.arguments import capability_of
+from minillm.kernels import runtime
 from minillm.kernels.flash_attention.block_tables import BlockSparse, block_tables
 from minillm.kernels.flash_attention.launch import flash_attention_forward
 from minillm.kernels.flash_attention.tile_sizes import SMALLEST_BLOCK, largest_sparse_block
@@ -97,7 +97,9 @@ def triton_flash_attention(
         right = 0 if causal else left
     tables: list[Tensor] = []
     if sparse is not None:
-        block = sparse.kernel_block(largest_sparse_block(query.size(-1), query.dtype, capability_of(query.device)))
+        block = sparse.kernel_block(
+            largest_sparse_block(query.size(-1), query.dtype, runtime.compute_capability(query.device))
+        )
         tables = block_tables(sparse, block, max_query_length, max_key_length, left, right)
     if alibi_slopes is not None:
         alibi_slopes = alibi_slopes.detach().to(torch.promote_types(query.dtype, torch.float32)).contiguous()

@@ -6,16 +6,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from minillm.kernels import runtime
 from minillm.kernels.flash_attention.tile_sizes import Direction, TileSizes, tile_sizes
-from minillm.kernels.runtime import interpreted, upcast, wide
-
-
-def capability_of(device: torch.device) -> int:
-    """90 for a GPU of compute capability 9.0; 0 under the interpreter."""
-    if interpreted():
-        return 0
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+from minillm.kernels.runtime import upcast, wide
 
 
 class Call(NamedTuple):
@@ -36,7 +29,7 @@ class Call(NamedTuple):
 
     def tile_sizes(self, direction: Direction, query: Tensor) -> TileSizes:
         block = self.tables[6].size(-1) if self.tables else None
-        return tile_sizes(direction, query.size(-1), query.dtype, capability_of(query.device), block)
+        return tile_sizes(direction, query.size(-1), query.dtype, runtime.compute_capability(query.device), block)
 
     def arguments(self, query: Tensor, key: Tensor, sizes: TileSizes, lists: Sequence[Tensor]) -> dict[str, Any]:
         bounds, tiles, numbers = lists or (None, None, None)

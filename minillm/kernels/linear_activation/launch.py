@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minillm.kernels.runtime import interpreted, launch, upcast
+from minillm.kernels import runtime
+from minillm.kernels.runtime import launch, upcast
 from minillm.kernels.tile_sizes import tile_sizes
 
 
@@ -56,7 +57,7 @@ def triton_activation_backward(
     from minillm.kernels.linear_activation import kernel
 
     n_rows, width = d_out.shape
-    block_m, block_n = (32, 32) if interpreted() else (16, 128)
+    block_m, block_n = (16, 128) if runtime.compute_capability(d_out.device) else (32, 32)
     column_programs = -(-width // block_n)
     # About a thousand programs, each with as many rows as that leaves it; one line of sums for each of them.
     row_programs = max(1, min(-(-n_rows // block_m), 1024 // max(column_programs, 1)))
