@@ -198,7 +198,7 @@ def fused_softmax(x):
     return y
 """
 FUSED = {
-    "row": "tl.program_id(0)",
+    "row": "tl.program_id(0).to(tl.int64)",
     "x": "x_ptr + row * x_row_stride + columns * x_column_stride",
     "load": "mask=inside, other=-float('inf')",
     "convert": ".to(tl.float32)",
@@ -307,7 +307,34 @@ def row_statistics(blocks):
     return m, l
 """,
     ),
+    "kept sums and maxima of the blocks": (
+        "9.1",
+        """
+def row_statistics(blocks):
+    tops, sums = [], []
+    for block in blocks:
+        x = block.to(torch.promote_types(block.dtype, torch.float32))
+        tops.append(x.amax(1))
+        sums.append(torch.exp(x - tops[-1].nan_to_num(neginf=0.0)[:, None]).sum(1))
+    m = torch.stack(tops).amax(0)
+    base = m.nan_to_num(neginf=0.0)
+    return [m, sum(l * torch.exp(top - base) for top, l in zip(tops, sums, strict=True))]
+""",
+    ),
     "the template of 9.2": ("9.2", merging()),
+    "query by query": (
+        "9.2",
+        """
+def merge(output_a, lse_a, output_b, lse_b):
+    if lse_a.dim():
+        found = [merge(*each) for each in zip(output_a, lse_a, output_b, lse_b, strict=True)]
+        return tuple(map(torch.stack, zip(*found, strict=True)))
+    lse = torch.logaddexp(lse_a, lse_b)
+    a, b = (math.exp(one - lse) if one > -math.inf else 0.0 for one in (lse_a.item(), lse_b.item()))
+    wide = torch.promote_types(output_a.dtype, torch.float32)
+    return (a * output_a.to(wide) + b * output_b.to(wide)).to(output_a.dtype), lse
+""",
+    ),
     "logaddexp": (
         "9.2",
         """
@@ -340,6 +367,22 @@ def merge(output_a, lse_a, output_b, lse_b):
 """,
     ),
     "the template of 9.3": ("9.3", attending()),
+    "divided in every tile": (
+        "9.3",
+        """
+def attend(query, key, value, tile, *, scale=None):
+    wide = torch.promote_types(query.dtype, torch.float32)
+    scale = query.shape[1] ** -0.5 if scale is None else scale
+    lse, output = torch.full((len(query),), -math.inf, dtype=wide), torch.zeros(len(query), value.shape[1], dtype=wide)
+    for k, v in reversed(list(zip(key.to(wide).split(tile), value.to(wide).split(tile), strict=True))):
+        scores = torch.einsum("md,nd->mn", query.to(wide), k) * scale
+        top = scores.amax(1)
+        new = torch.logaddexp(lse, top + torch.exp(scores - top[:, None]).sum(1).log())
+        output = output * torch.exp(lse - new)[:, None] + torch.exp(scores - new[:, None]) @ v
+        lse = new
+    return output.to(query.dtype), lse
+""",
+    ),
     "a quotient in every tile, as FlashAttention-1 has it": (
         "9.3",
         attending(
@@ -468,6 +511,34 @@ class TestExercise09(ExerciseTests):
     right_answers = RIGHT
     wrong_answers = {  # noqa: RUF012
         "9.1": {
+            "a large number, -inf put back at the end": (
+                statistics(
+                    start="torch.full_like(x[:, 0], -1e9), torch.zeros_like(x[:, 0])",
+                    out="m.masked_fill(total == 0, -math.inf), total",
+                ),
+                "a negative number, however large, is not",
+            ),
+            "a small number, large enough to see": (statistics(out="m, total + 1e-6"), "is a small number added?"),
+            "float32 on the way": (
+                statistics(
+                    convert="block.float()",
+                    out="[one.to(torch.promote_types(block.dtype, torch.float32)) for one in (m, total)]",
+                ),
+                "your m is right to a few digits only",
+            ),
+            "as wide as the first block": (
+                statistics(
+                    start="torch.full_like(x, -math.inf), torch.zeros_like(x)",
+                    top="x",
+                    update="total = total * torch.exp(m - base) + torch.exp(x - base)",
+                    out="(m.amax(1), (total * torch.exp(m - m.amax(1, keepdim=True).nan_to_num(neginf=0))).sum(1))",
+                ),
+                "as wide as the first",
+            ),
+            "two blocks only": (
+                statistics(blocks="[one for _, one in zip(range(2), blocks)]"),
+                "does every block count",
+            ),
             "the sum not rescaled": (
                 statistics(update="total = total + torch.exp(x - base[:, None]).sum(1)"),
                 "the sum so far belongs to the old maximum",
@@ -611,6 +682,34 @@ def row_statistics(blocks):
             "columns kept": (statistics(out="m[:, None], total[:, None]"), "m has one number for each row"),
         },
         "9.2": {
+            "a small number, large enough to see": (
+                merging(shares="a / (total + 1e-6), b / (total + 1e-6)"),
+                "is a small number added?",
+            ),
+            "base 2 after the maximum": (merging(lse="base + torch.log2(total)"), "the logarithm has base 2"),
+            "two dimensions taken for granted": (
+                merging(output="share_a[:, :, None] * output_a + share_b[:, :, None] * output_b"),
+                "one more dimension at the end",
+            ),
+            "a far lower limit": (merging(base="top.clamp(min=-1e4)"), "a large negative number does not"),
+            "one maximum for a column": (
+                merging(
+                    top="(t := torch.maximum(lse_a, lse_b)).amax(0, keepdim=True).expand_as(t) if lse_a.dim() > 1 else "
+                    "torch.maximum(lse_a, lse_b)"
+                ),
+                "the largest lse of all queries",
+            ),
+            "a view": (
+                merging(before="output_a.view(-1, output_a.shape[-1])"),
+                "reshape takes it, view does not",
+            ),
+            "one query's weight of no dimension": (
+                merging(
+                    output="share_a * output_a + share_b * output_b if lse_a.dim() == 0 else "
+                    "share_a[..., None] * output_a + share_b[..., None] * output_b"
+                ),
+                "one query in bfloat16",
+            ),
             "the mean": (merging(output="(output_a + output_b) / 2"), "that is their mean"),
             "the sum": (merging(output="output_a + output_b"), "that is their sum"),
             "weights swapped": (
@@ -689,6 +788,36 @@ def row_statistics(blocks):
             "minillm's own": ("from minillm.layers.online_softmax import merge", "uses minillm.layers"),
         },
         "9.3": {
+            "0 is no scale": (
+                attending(scale="scale or query.shape[1] ** -0.5"),
+                "scale=0.0: the scale that is given is not used",
+            ),
+            "the maximum before the scale": (
+                attending().replace("scores.amax(1)", "(q @ k.T).amax(1) * scale"),
+                "scale=-5: the output holds NaN",
+            ),
+            "a far lower start": (
+                attending(start="q.new_full((len(q),), -1e9), q.new_zeros(len(q))"),
+                "4 scores of -1e12: the output holds NaN",
+            ),
+            "exponentials rounded": (
+                attending(
+                    update="total, output = total * f + p.sum(1), output * f[:, None] + p.to(query.dtype).to(dtype) @ v"
+                ),
+                "rounded before they meet the values",
+            ),
+            "scaled in half precision": (
+                attending(query="(query * scale).to(dtype)", scores="q @ k.T"),
+                "the lse is off by",
+            ),
+            "a small number, small enough": (
+                attending(out="(output / (total[:, None] + 1e-8)).to(query.dtype)"),
+                "is a small number added?",
+            ),
+            "a view": (
+                attending(query="query.view(-1).view(query.shape).to(dtype)"),
+                "reshape takes it, view does not",
+            ),
             "no scale": (attending(scores="q @ k.T"), "the scores are not scaled"),
             "the scale given not used": (
                 attending(scale="query.shape[1] ** -0.5"),
@@ -863,6 +992,31 @@ def attend(query, key, value, tile, *, scale=None):
             ),
         },
         "9.4": {
+            "the last tile forgotten": (
+                visiting(range="some // tile * tile, highest // tile * tile, tile"),
+                "holds a key that one of the queries sees",
+            ),
+            "places never below 0": (
+                visiting(places="max(0, first + offset), stop - 1 + offset"),
+                "not every one of these queries sees all keys",
+            ),
+            "the first tile rounded up": (
+                visiting(range="-(-some // tile) * tile, highest + 1, tile"),
+                "holds a key that one of the queries sees",
+            ),
+            "every pair of the window": (
+                """
+def visited_tiles(first, stop, query_length, key_length, tile, *, window=None):
+    pairs = {}
+    for i in range(first, stop):
+        place = i + key_length - query_length
+        for j in range(0 if window is None else max(0, place - window + 1), place + 1):
+            pairs[j // tile] = pairs.get(j // tile, 0) + 1
+    ends = {t: min((t + 1) * tile, key_length) for t in sorted(pairs)}
+    return [(t * tile, b, pairs[t] < (stop - first) * (b - t * tile)) for t, b in ends.items()]
+""",
+                "don't try them all",
+            ),
             "top left": (visiting(offset="0"), "the first query stands at the first key"),
             "own key not seen": (
                 visiting(places="first + offset - 1, stop - 2 + offset"),
@@ -960,6 +1114,34 @@ def visited_tiles(first, stop, query_length, key_length, tile, *, window=None):
             ),
         },
         "9.5": {
+            "seen as a factor": (
+                deriving(mask="s", p="torch.exp(s - base[:, None]) * (1 if seen is None else seen)"),
+                "inf times 0 is NaN",
+            ),
+            "-1e9 where not seen": (
+                deriving(mask="s.masked_fill(~seen, -1e9)", p="torch.exp(s - base[:, None]).nan_to_num()"),
+                "no number is small enough",
+            ),
+            "seen turned round": (
+                deriving(mask="s.masked_fill(seen.logical_not_(), -math.inf)"),
+                "changes a tensor that it was given",
+            ),
+            "lse along the keys": (
+                deriving(p="torch.exp(s - (base if len(q) == len(k) else base[:, None]))"),
+                "the lse of the queries is taken off along the keys",
+            ),
+            "D along the keys": (
+                deriving(ds="p * (dp - (delta if len(q) == len(k) else delta[:, None]))"),
+                "D of the queries is taken off along the keys",
+            ),
+            "its own scale": (
+                deriving(scores="q.shape[1] ** -0.5 * q @ k.T"),
+                "the scale that is given is not used",
+            ),
+            "a view": (
+                deriving(dp="do @ value.view(-1).view(value.shape).to(dtype).T"),
+                "reshape takes it, view does not",
+            ),
             "D over the rows": (deriving(delta="(output.to(dtype) * d_output.to(dtype)).sum(0)"), "row_delta"),
             "D a mean": (deriving(delta="(output.to(dtype) * d_output.to(dtype)).mean(1)"), "row_delta is a mean"),
             "D without a sum": (deriving(delta="output.to(dtype) * d_output.to(dtype)"), "one number a row"),
@@ -1024,6 +1206,22 @@ def visited_tiles(first, stop, query_length, key_length, tile, *, window=None):
             "written into d_output": (deriving(dv="p.T @ d_output.mul_(1.0 + 1e-9).to(dtype)"), "changes a tensor"),
         },
         "9.6": {
+            "-1e9 where masked": (
+                fusing(load="mask=inside, other=-1e9"),
+                "only -inf never takes part",
+            ),
+            "float16's least number where masked": (
+                fusing(load="mask=inside, other=-65504.0"),
+                "only -inf never takes part",
+            ),
+            "a row in int32": (fusing(row="tl.program_id(0)"), "leaves int32"),
+            "a small number in the sum": (fusing(total="total + 1e-6"), "is a small number added"),
+            "Python's max": (fusing(top="max(x)"), "not Python's or PyTorch's"),
+            "as x lies": (fusing(out="torch.empty_like(x)"), "empty_like keeps the layout"),
+            "rows for columns": (
+                fusing(launch=FUSED["launch"].replace("y, x.shape[1]", "y, x.shape[0]")),
+                "is n_columns the number of columns",
+            ),
             "not divided": (fusing(value="e"), "not divided by their sum"),
             "no maximum": (fusing(e="tl.exp(x)"), "the exponentials overflow"),
             "log-softmax": (fusing(value="x - top - tl.log(total)"), "that is its logarithm"),
@@ -1094,11 +1292,11 @@ def visited_tiles(first, stop, query_length, key_length, tile, *, window=None):
             "written into x": (fusing(y="x_ptr + row * x_row_stride + columns"), "the kernel changes x"),
             "one program": (
                 fusing(launch=FUSED["launch"].replace("(len(x),)", "(1,)"), out="torch.zeros_like(x)"),
-                "is there a program for each row?",
+                "is there a program for each row",
             ),
             "a program for each column": (
                 fusing(launch=FUSED["launch"].replace("(len(x),)", "(x.shape[1],)")),
-                "do grid and strides fit?",
+                "do grid and strides fit",
             ),
             "BLOCK is the width": (
                 fusing(launch=FUSED["launch"].replace("triton.next_power_of_2(x.shape[1])", "x.shape[1]")),
@@ -1132,6 +1330,22 @@ def visited_tiles(first, stop, query_length, key_length, tile, *, window=None):
             ),
         },
         "9.7": {
+            "float32 rounded on the way": (
+                producing(add="sums += tl.dot(a, b)"),
+                'tl.dot has input_precision="ieee"',
+            ),
+            "each product rounded": (
+                producing(add="sums += tl.dot(a, b, input_precision='ieee').to(c_ptr.dtype.element_ty)"),
+                "each product is rounded to float16",
+            ),
+            "the sums added twice": (
+                producing(add="sums += tl.dot(a, b, sums, input_precision='ieee')"),
+                "has added the sums already",
+            ),
+            "K masked by N": (
+                producing(load_a="mask=(rows < M)[:, None] & (places < N)[None, :], other=0.0"),
+                "the places are masked by M or N",
+            ),
             "the first step only": (producing(range="0, BLOCK_K, BLOCK_K"), "only the first step through K"),
             "the last step only": (
                 producing(add="sums = tl.dot(a, b, input_precision='ieee')"),
