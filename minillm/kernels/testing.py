@@ -2,7 +2,7 @@
 
 Triton's interpreter, on which kernels run where there is no GPU, checks neither bounds nor races: a load one element
 too far reads what happens to lie there. :func:`guarded` puts NaN there, on any device; :func:`watched_memory` looks at
-every address, under the interpreter.
+every address, under the interpreter; and :func:`as_on_a_gpu` takes away what the interpreter gives for nothing.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,6 +19,7 @@ from minillm.kernels.runtime import interpreted
 # ||error|| / ||expected|| that a kernel may have, by the dtype of its tensors.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 _SENTINEL = 77  # for dtypes without NaN
+_BFLOAT16_NAN = 0x7FC0
 
 
 class BadAccessError(AssertionError):
@@ -82,12 +83,12 @@ def assert_untouched(tensor: Tensor) -> None:
 
 
 @contextmanager
-def watched_memory(*, races: bool = True) -> Iterator[None]:
-    """Look at every address that interpreted kernels touch in this block: :class:`BadAccessError` for a wrong one.
+def as_on_a_gpu() -> Iterator[None]:
+    """Interpreted kernels without two kindnesses that no GPU shows; compiled ones are left as they are.
 
-    Wrong is: an address that is no element of any tensor the kernel was given (checked before it is touched). And with
-    ``races`` an address that one program writes and another reads or writes too, which on a GPU run at the same
-    time; atomic operations are let through. Where kernels are compiled it watches nothing.
+    Where a load without ``other=`` is masked, the interpreter gives zeros; here NaN, as the value is undefined. And it
+    multiplies float32 in full precision whatever ``input_precision`` says; here "tf32", which is the default, rounds
+    the factors to 10 bits after the point.
     """
     import triton.runtime.interpreter as interpreter
 
@@ -95,13 +96,56 @@ def watched_memory(*, races: bool = True) -> Iterator[None]:
         yield
         return
     builder = interpreter.interpreter_builder
-    load, store, atomic, run = (
-        builder.create_masked_load,
-        builder.create_masked_store,
-        builder.create_atomic_rmw,
-        interpreter.InterpretedFunction.run,
-    )
-    watch = _Watch()
+    load, dot = builder.create_masked_load, builder.create_dot
+
+    def load_or_nan(ptrs: Any, mask: Any, other: Any, *rest: Any) -> Any:
+        loaded = load(ptrs, mask, other, *rest)
+        if other is None and loaded.dtype.scalar.is_floating():
+            bits = _BFLOAT16_NAN if loaded.dtype.scalar.is_bf16() else np.nan  # bfloat16 is held as its bits
+            loaded.data = np.where(mask.data, loaded.data, np.array(bits, loaded.data.dtype))
+        return loaded
+
+    def rounded(factor: Any) -> Any:
+        if factor.data.dtype != np.float32:
+            return factor
+        bits = np.ascontiguousarray(factor.data).view(np.uint32) + np.uint32(0x1000)
+        return type(factor)((bits & np.uint32(0xFFFFE000)).view(np.float32), factor.dtype)
+
+    def rounded_dot(a: Any, b: Any, sums: Any, precision: Any, *rest: Any) -> Any:
+        if precision.name == "TF32":
+            a, b = rounded(a), rounded(b)
+        return dot(a, b, sums, precision, *rest)
+
+    with (
+        mock.patch.object(builder, "create_masked_load", load_or_nan),
+        mock.patch.object(builder, "create_dot", rounded_dot),
+    ):
+        yield
+
+
+@contextmanager
+def watched_memory(*, races: bool = True) -> Iterator[None]:
+    """Look at every address that interpreted kernels touch in this block: :class:`BadAccessError` for a wrong one.
+
+    Wrong is: an address that is no element of any tensor the kernel was given (checked before it is touched). And with
+    ``races`` an address that one program writes and another reads or writes too, which on a GPU run at the same
+    time; atomic operations are let through. Where kernels are compiled it watches nothing.
+
+    Kernels run :func:`as_on_a_gpu` in here.
+    """
+    import triton.runtime.interpreter as interpreter
+
+    if not interpreted():
+        yield
+        return
+    with as_on_a_gpu(), _watched(interpreter, races):
+        yield
+
+
+@contextmanager
+def _watched(interpreter: Any, races: bool) -> Iterator[None]:
+    builder, run, watch = interpreter.interpreter_builder, interpreter.InterpretedFunction.run, _Watch()
+    load, store, atomic = builder.create_masked_load, builder.create_masked_store, builder.create_atomic_rmw
 
     def watched_run(self: Any, *args: Any, **kwargs: Any) -> Any:
         watch.start([value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)])

@@ -1,12 +1,21 @@
 """The detectors detect: planted faults that the interpreter lets through are found, correct kernels pass."""
 
 import importlib.util
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from minillm.kernels.testing import BadAccessError, assert_untouched, guarded, relative_error, watched_memory
+from minillm.kernels.testing import (
+    BadAccessError,
+    as_on_a_gpu,
+    assert_untouched,
+    guarded,
+    relative_error,
+    watched_memory,
+)
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs Triton, which has wheels for Linux only", allow_module_level=True)
@@ -34,6 +43,19 @@ def count(total_ptr):
 def hand_over(x_ptr):
     place = tl.program_id(0)
     tl.store(x_ptr + place + 1, tl.load(x_ptr + place) + 1)
+
+
+@triton.jit
+def add_up(x_ptr, total_ptr, n, BLOCK: tl.constexpr):
+    places = tl.arange(0, BLOCK)
+    tl.store(total_ptr, tl.sum(tl.load(x_ptr + places, mask=places < n).to(tl.float32), 0))
+
+
+@triton.jit
+def multiply(x_ptr, y_ptr, PRECISION: tl.constexpr):
+    places = tl.arange(0, 16)[:, None] * 16 + tl.arange(0, 16)[None, :]
+    x = tl.load(x_ptr + places)
+    tl.store(y_ptr + places, tl.dot(x, x, input_precision=PRECISION))
 
 
 def run(x: Tensor, y: Tensor, *, shift: int = 0, share: int = 1, mask: bool = True) -> Tensor:
@@ -90,6 +112,29 @@ def test_the_gaps_of_a_strided_tensor_are_outside() -> None:
 def test_other_errors_of_a_kernel_are_left_alone() -> None:
     with pytest.raises(triton.runtime.errors.InterpreterError), watched_memory():
         double[(1,)](torch.zeros(20), None, 20, SHIFT=0, SHARE=1, MASK=True, BLOCK=16)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("context", [as_on_a_gpu, watched_memory])
+def test_a_masked_load_without_other_is_undefined(dtype: torch.dtype, context: Callable[[], Any]) -> None:
+    x, total = torch.ones(16, dtype=dtype), torch.empty(1)
+    add_up[(1,)](x, total, 9, BLOCK=16)
+    assert total == 9  # the interpreter's kindness
+    with context():
+        add_up[(1,)](x, total, 9, BLOCK=16)
+        assert total.isnan()
+        add_up[(1,)](x, total, 16, BLOCK=16)
+    assert total == 16
+
+
+@needs_interpreter
+def test_products_are_rounded_to_tf32_unless_told_otherwise() -> None:
+    x, y = torch.randn(16, 16), torch.empty(16, 16)
+    for precision, least, most in (("tf32", 1e-5, 1e-3), ("ieee", 0.0, 1e-6)):
+        with as_on_a_gpu():
+            multiply[(1,)](x, y, PRECISION=precision)
+        assert least <= relative_error(y, x.double() @ x.double()) <= most
 
 
 def test_guards_poison_what_is_loaded_from_outside(device: torch.device) -> None:
