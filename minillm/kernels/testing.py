@@ -84,11 +84,11 @@ def assert_untouched(tensor: Tensor) -> None:
 
 @contextmanager
 def as_on_a_gpu() -> Iterator[None]:
-    """Interpreted kernels without two kindnesses that no GPU shows; compiled ones are left as they are.
+    """Interpreted kernels without two kindnesses that no GPU shows, and as silent; compiled ones are left as they are.
 
     Where a load without ``other=`` is masked, the interpreter gives zeros; here NaN, as the value is undefined. And it
     multiplies float32 in full precision whatever ``input_precision`` says; here "tf32", which is the default, rounds
-    the factors to 10 bits after the point.
+    the factors to 10 bits after the point. NumPy's warnings of overflow and NaN are off.
     """
     import triton.runtime.interpreter as interpreter
 
@@ -119,6 +119,7 @@ def as_on_a_gpu() -> Iterator[None]:
     with (
         mock.patch.object(builder, "create_masked_load", load_or_nan),
         mock.patch.object(builder, "create_dot", rounded_dot),
+        np.errstate(all="ignore"),
     ):
         yield
 
