@@ -62,7 +62,7 @@ COMPUTE = 16.0  # operations a byte from which on a rate of operations is shown,
 
 
 class Report:
-    """Rows as they come: printed, and in a file that is whole at any time."""
+    """Rows as they come, printed where `add` is told how, and in a file that is whole at any time."""
 
     def __init__(self, device: torch.device, file: Path | None) -> None:
         self.file, self.start = file, time.monotonic()
@@ -79,9 +79,10 @@ class Report:
     def spent(self) -> float:
         return time.monotonic() - self.start
 
-    def add(self, rows: Iterable[dict[str, Any]], line: Callable[[dict[str, Any]], str]) -> None:
+    def add(self, rows: Iterable[dict[str, Any]], line: Callable[[dict[str, Any]], str] | None = None) -> None:
         for row in rows:
-            print(line(row), flush=True)
+            if line is not None:
+                print(line(row), flush=True)
             self.rows.append(row)
         self.write()
 
@@ -212,7 +213,7 @@ def without_a_gpu(size: str, only: str, budget: float, report: Report) -> None:
     lengths = {"full": (1024, 2048, 4096, 8192), "quick": (1024, 2048), "smoke": (64,)}[size]
     loss = {"full": (4096, 512, 32768), "quick": (1024, 256, 16384), "smoke": (40, 16, 70)}[size]
     rounds = {"full": 5, "quick": 5, "smoke": 1}[size]
-    print(f"{'':24} {'':18} {'':16} {'s':>8} {'':14} {'faster':>7} {'peak MiB':>10} {'error':>9}")
+    before = len(report.rows)
     plan = {
         f"attention {length}{' causal' if causal else ''}": partial(
             cpu.attention, length, causal, min(rounds, 3) if length > 4096 else rounds
@@ -225,9 +226,12 @@ def without_a_gpu(size: str, only: str, budget: float, report: Report) -> None:
         if re.search(only, name):
             if report.spent() > budget:
                 report.rows.append({"operator": name, "failed": NO_TIME})
-                print(f"{name}: {NO_TIME}")
                 continue
-            report.add(measure(), cpu.line)
+            print(f"measuring {name}", flush=True)
+            report.add(measure())
+    print(f"\n{'':24} {'':18} {'':16} {'s':>8} {'':14} {'faster':>7} {'peak MiB':>10} {'error':>9}")
+    for row in report.rows[before:]:
+        print(f"{row['operator']}: {row['failed']}" if "failed" in row else cpu.line(row))
 
 
 def main() -> None:
