@@ -1,7 +1,7 @@
 """Print the oldest version of each direct dependency that pyproject.toml allows, as a pip constraints file.
 
-torch is the exception: it keeps the pin of constraints.txt, the only one that is a CPU build everywhere; and Triton with
-it, whose version torch's CUDA builds name exactly.
+torch is the exception: it keeps the pin of constraints.txt, the only one that is a CPU build everywhere. So does
+Triton, whose version torch's CUDA builds name exactly.
 """
 
 import re
@@ -13,7 +13,7 @@ REQUIREMENT = re.compile(r"(?P<name>[\w.-]+)>=(?P<floor>[\w.]+)(?:;(?P<marker>.*
 
 
 def floors(pyproject: str, constraints: str) -> list[str]:
-    """One `name==floor` line for each requirement of the project and of its extras; torch's and Triton's are `constraints`'."""
+    """One `name==floor` line for each requirement, of all extras too; torch's and Triton's are `constraints`'."""
     project = tomllib.loads(pyproject)["project"]
     lines = []
     for requirement in [

@@ -41,6 +41,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from minillm.costs import training_flops
 from minillm.data import TokenDataset
+from minillm.kernels.ceilings import measure_ceilings
 from minillm.models import Transformer, TransformerConfig
 from minillm.training import Trainer, TrainingConfig
 
@@ -207,20 +208,6 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def matmul_peak(device: torch.device, dtype: torch.dtype, clock: Callable[[], float]) -> float:
-    """FLOP/s of a large square matrix product: the median of nine."""
-    size = 8192 if device.type == "cuda" else 2048
-    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    seconds = []
-    for _ in range(11):
-        synchronize(device)
-        start = clock()
-        left @ right
-        synchronize(device)
-        seconds.append(clock() - start)
-    return 2 * size**3 / statistics.median(seconds[2:])
-
-
 def measure(
     contestants: dict[str, Callable[[], None]],
     rounds: int,
@@ -300,8 +287,8 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     device = torch.device(arguments.device)
-    clock = time.process_time if device.type == "cpu" and arguments.threads == 1 else time.perf_counter
-    peaks = {"fp32": matmul_peak(device, torch.float32, clock), "bf16": matmul_peak(device, torch.bfloat16, clock)}
+    ceilings = measure_ceilings(device, dtypes=[torch.float32, torch.bfloat16])
+    peaks = {"fp32": ceilings.flops_per_second[torch.float32], "bf16": ceilings.flops_per_second[torch.bfloat16]}
     print(
         f"torch {torch.__version__}, {arguments.device}, {arguments.threads} thread(s); matrix-product peak: ", end=""
     )

@@ -1,6 +1,8 @@
-"""Shared by every test: one torch thread per worker, one seed; without a GPU, kernels interpreted, GPU tests skipped."""
+"""Shared by every test: one torch thread per worker, one seed; no GPU: kernels interpreted, GPU tests skipped."""
 
+import gc
 import os
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -8,6 +10,28 @@ import torch
 if not torch.cuda.is_available():
     # Triton asks for this once, when something first imports it: any test may be that something.
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture
+def peak_bytes() -> Callable[[Callable[[], object]], int]:
+    """Gives the most bytes that torch's allocator holds for a call at one time: counted, not sampled."""
+
+    def count(run: Callable[[], object]) -> int:
+        gc.collect()  # what an earlier count left in circles would be taken off, if it were given back in this one
+        gc.disable()
+        try:
+            with torch.profiler.profile(profile_memory=True) as profiler:
+                run()
+        finally:
+            gc.enable()
+        events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+        held = peak = 0
+        for event in sorted(events, key=lambda event: event.start_ns()):
+            held += event.nbytes()
+            peak = max(peak, held)
+        return peak
+
+    return count
 
 
 @pytest.fixture(autouse=True)

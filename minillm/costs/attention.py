@@ -13,6 +13,7 @@ One pair of functions serves every variant, told apart by a few numbers:
 Operations are those of the matrix products, two for each multiplication and addition (see ``minillm.costs.flops``).
 """
 
+from minillm.costs.arguments import at_least
 from minillm.costs.shape import AttentionShape
 
 
@@ -25,8 +26,8 @@ def live_pairs(query_length: int, key_length: int | None = None, *, window: int 
     """
     key_length = query_length if key_length is None else key_length
     window = key_length if window is None else window
-    _at_least(1, query_length=query_length, window=window)
-    _at_least(query_length, key_length=key_length)
+    at_least(1, query_length=query_length, window=window)
+    at_least(query_length, key_length=key_length)
     # The first query sees key_length - query_length + 1 keys, each next one more, until the window is full.
     first = min(key_length - query_length + 1, window)
     growing = min(window - first, query_length)
@@ -184,8 +185,8 @@ def _lengths(
     live: float,
 ) -> tuple[int, int, int]:
     """Keys looked at, keys made from an input, and that input's width; bad numbers are refused."""
-    _at_least(1, seq=seq, batch_size=batch_size)
-    _at_least(0, cached=cached)
+    at_least(1, seq=seq, batch_size=batch_size)
+    at_least(0, cached=cached)
     if not 0.0 <= live <= 1.0:
         raise ValueError(f"live must be a share from 0 to 1, got {live}")
     if memory_length is None:
@@ -195,11 +196,5 @@ def _lengths(
     if cached:
         raise ValueError(f"cached must be 0 for cross-attention, whose keys are the memory's, got {cached}")
     width = config.d_model if memory_size is None else memory_size
-    _at_least(1, memory_length=memory_length, memory_size=width)
+    at_least(1, memory_length=memory_length, memory_size=width)
     return memory_length, 0 if remembered else memory_length, width
-
-
-def _at_least(least: int, **values: int) -> None:
-    for name, value in values.items():
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")

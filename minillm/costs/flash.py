@@ -14,6 +14,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from minillm.costs.arguments import at_least
+
 _STATISTICS = frozenset({"highest", "total", "log_sum", "delta"})  # one number a query, float32
 
 
@@ -37,12 +39,12 @@ class AttentionSize:
     window: int | None = None
 
     def __post_init__(self) -> None:
-        _at_least(0, query_length=self.query_length, key_length=self.key_length, batch_size=self.batch_size)
-        _at_least(1, head_dim=self.head_dim, value_dim=self.width, n_heads=self.n_heads, n_kv_heads=self.kv_heads)
+        at_least(0, query_length=self.query_length, key_length=self.key_length, batch_size=self.batch_size)
+        at_least(1, head_dim=self.head_dim, value_dim=self.width, n_heads=self.n_heads, n_kv_heads=self.kv_heads)
         if self.n_heads % self.kv_heads:
             raise ValueError(f"n_kv_heads must divide n_heads, got {self.kv_heads} and {self.n_heads}")
         if self.window is not None:
-            _at_least(1, window=self.window)
+            at_least(1, window=self.window)
 
     @property
     def width(self) -> int:
@@ -88,7 +90,7 @@ class LiveTiles:
 
 def live_tiles(size: AttentionSize, query_tile: int, key_tile: int) -> LiveTiles:
     """Tiles of ``query_tile`` by ``key_tile``, narrower at the ends, in which there is a pair to look at."""
-    _at_least(1, query_tile=query_tile, key_tile=key_tile)
+    at_least(1, query_tile=query_tile, key_tile=key_tile)
     offset = size.key_length - size.query_length
     window = size.key_length + size.query_length if size.window is None else size.window
     count = queries = keys = pairs = 0
@@ -155,8 +157,8 @@ def flash_1_tiles(fast_memory: int, head_dim: int) -> tuple[int, int]:
     ``key_tile = ceil(M / (4 d))`` and ``query_tile = min(key_tile, d)`` for ``fast_memory`` M in elements. Raises
     ValueError for an M that does not hold one key.
     """
-    _at_least(1, head_dim=head_dim)
-    _at_least(head_dim, fast_memory=fast_memory)
+    at_least(1, head_dim=head_dim)
+    at_least(head_dim, fast_memory=fast_memory)
     key_tile = math.ceil(fast_memory / (4 * head_dim))
     return min(key_tile, head_dim), key_tile
 
@@ -235,7 +237,7 @@ def flash_extra_elements(size: AttentionSize, query_tile: int, key_tile: int, *,
     Backward: log-sum-exp, D, and two tiles. Attention written out has ``2 N^2`` a head forward, and as many once more
     backward.
     """
-    _at_least(1, query_tile=query_tile, key_tile=key_tile)
+    at_least(1, query_tile=query_tile, key_tile=key_tile)
     rows, columns = min(query_tile, size.query_length), min(key_tile, size.key_length)
     heads = size.batch_size * size.n_heads
     if not backward:
@@ -248,9 +250,3 @@ def _counts(size: AttentionSize) -> tuple[int, int, int]:
     """Queries, keys and pairs of all sequences and heads."""
     queries = size.batch_size * size.n_heads * size.query_length
     return queries, size.batch_size * size.kv_heads * size.key_length, queries * size.key_length
-
-
-def _at_least(least: int, **values: int) -> None:
-    for name, value in values.items():
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")

@@ -1,6 +1,7 @@
 """Linear cross-entropy against the two operations in float64, with all logits: values, gradients, and the memory."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -184,20 +185,10 @@ def test_the_weights_gradient_is_added_up_in_float32(backend: str, device: torch
     assert relative_error(dweight, want) <= 2**-8  # one rounding, and those of the rows' own gradients
 
 
-def peak_bytes(run: Any) -> int:
-    """Most bytes alive at once that torch's allocator gave out while ``run()`` ran, beside what was there before."""
-    with torch.profiler.profile(profile_memory=True) as profiler:
-        run()
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    alive = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        alive += event.nbytes()
-        peak = max(peak, alive)
-    return peak
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_memory_is_far_below_the_logits(backend: str, device: torch.device) -> None:
+def test_memory_is_far_below_the_logits(
+    backend: str, device: torch.device, peak_bytes: Callable[[Callable[[], object]], int]
+) -> None:
     n, d_model, n_classes, chunk_rows = 256, 8, 1000, 16
     x, weight, _, targets = inputs(n, d_model, n_classes, torch.float32, device)
     x.requires_grad_(), weight.requires_grad_()

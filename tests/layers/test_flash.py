@@ -1,7 +1,6 @@
 """Flash attention, by both orders of its loops, is torch's attention under explicit masks, and keeps no scores."""
 
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -12,7 +11,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.bias import causal_lower_right
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 from minillm.layers import MultiHeadAttention, alibi_bias, alibi_slopes
@@ -366,22 +364,10 @@ def test_a_layouts_dead_tiles_are_not_computed(is_causal):
     }
 
 
-def _peak_bytes(run: Callable[[], object]) -> int:
-    """The most bytes that torch's CPU allocator holds for ``run`` at one time, counted, not sampled."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
-
-
 @pytest.mark.parametrize(
     "options", [{}, {"causal": True, "alibi_slopes": torch.ones(1)}, {"causal": True, "window": 100}]
 )
-def test_memory_grows_with_the_length_and_not_its_square(options):
+def test_memory_grows_with_the_length_and_not_its_square(options, peak_bytes):
     def peaks(length: int) -> tuple[int, int]:
         inputs = _inputs(length, length, batch=1, heads=(1, 1), dims=(8, 8), dtype=torch.float32)
 
@@ -389,8 +375,8 @@ def test_memory_grows_with_the_length_and_not_its_square(options):
             torch.autograd.grad(reference(*inputs, **options).sum(), inputs)
 
         with torch.no_grad():
-            forward = _peak_bytes(lambda: reference(*inputs, **options))
-        return forward, _peak_bytes(step)
+            forward = peak_bytes(lambda: reference(*inputs, **options))
+        return forward, peak_bytes(step)
 
     lengths = (1024, 2048, 4096)
     forward, backward = zip(*(peaks(length) for length in lengths), strict=True)

@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from minillm.layers import MultiHeadAttention, Pattern, block_sparse_attention
@@ -339,27 +338,19 @@ def test_the_work_done_is_that_of_the_live_tiles(name: str, length: int) -> None
     assert dense.score_bytes == 4 * scores.numel()
 
 
-def _peak_bytes(run: Callable[[], object]) -> int:
-    """The most bytes that torch's CPU allocator holds for ``run`` at one time, counted, not sampled."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
-
-
-def test_one_row_of_scores_exists_at_a_time_and_two_in_the_backward_pass() -> None:
+def test_one_row_of_scores_exists_at_a_time_and_two_in_the_backward_pass(
+    peak_bytes: Callable[[Callable[[], object]], int],
+) -> None:
     inputs = [torch.randn(1, 4, 4096, 4, requires_grad=True) for _ in range(3)]  # small beside a row of scores
     scores = causal().blocks(4096, 4096, 64).cost(4, n_heads=4).score_bytes
     with torch.no_grad():
-        assert _peak_bytes(lambda: block_sparse_attention(*inputs, causal())) < 1.5 * scores
-    assert _peak_bytes(lambda: block_sparse_attention(*inputs, causal()).sum().backward()) < 2.7 * scores
+        assert peak_bytes(lambda: block_sparse_attention(*inputs, causal())) < 1.5 * scores
+    assert peak_bytes(lambda: block_sparse_attention(*inputs, causal()).sum().backward()) < 2.7 * scores
 
 
-def test_memory_grows_with_the_length_and_not_its_square() -> None:
+def test_memory_grows_with_the_length_and_not_its_square(
+    peak_bytes: Callable[[Callable[[], object]], int],
+) -> None:
     def step(length: int) -> int:
         inputs = [torch.randn(1, 2, length, 16, requires_grad=True) for _ in range(3)]
         pattern = longformer(64)
@@ -368,7 +359,7 @@ def test_memory_grows_with_the_length_and_not_its_square() -> None:
         def run() -> None:
             block_sparse_attention(*inputs, pattern, block_size=32).sum().backward()
 
-        return _peak_bytes(run)
+        return peak_bytes(run)
 
     short, long = step(1024), step(4096)
     assert long < 4.2 * short
