@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 Backend = Literal["auto", "triton", "torch", "reference"]
 Chosen = Literal["triton", "torch", "reference"]
@@ -51,6 +52,9 @@ def choose_backend(
             raise ValueError(f"backend='torch' cannot be used: {torch_refuses}")
         return "torch"
     (device,) = devices
+    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):  # type: ignore[no-untyped-call]
+        # torch would take their tangents for zeros, and say nothing
+        triton_refuses = triton_refuses or "the kernels have no forward-mode derivative"
     if backend == "triton":
         problem = triton_refuses or triton_problem(device)
         if problem is not None:

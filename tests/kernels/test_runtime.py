@@ -15,7 +15,7 @@ from minillm.kernels.runtime import as_rows, choose_backend, row_block, triton_p
 
 
 class Elsewhere:
-    """Stands for a tensor on a device that is not here; the rule looks at nothing but the device."""
+    """Stands for a tensor on a device that is not here; the rule looks at the device, and for a tangent."""
 
     def __init__(self, device: str) -> None:
         self.device = torch.device(device)
@@ -51,6 +51,17 @@ def test_the_whole_rule(monkeypatch: pytest.MonkeyPatch, problem: str | None, in
                 choose("triton")
         kernels = device == "cuda:1" and reason is None and not interpreted
         assert choose("auto") == ("triton" if kernels else "torch" if torch_refuses is None else "reference")
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch's own, in jvp
+def test_forward_mode_derivatives_are_never_zeros(device: torch.device) -> None:
+    x, tangent = torch.randn(3, 5, device=device), torch.randn(3, 5, device=device)
+    expected = torch.func.jvp(lambda x: x.softmax(-1), (x,), (tangent,))[1]
+    for backend in ("auto", "torch", "reference"):
+        found = torch.func.jvp(lambda x, backend=backend: softmax(x, backend=backend), (x,), (tangent,))[1]
+        torch.testing.assert_close(found, expected)
+    with pytest.raises(ValueError, match="backend='triton' cannot be used: the kernels have no forward-mode"):
+        torch.func.jvp(lambda x: softmax(x, backend="triton"), (x,), (tangent,))
 
 
 def test_unknown_backends_and_scattered_tensors_are_refused() -> None:
