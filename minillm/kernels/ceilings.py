@@ -37,12 +37,6 @@ class Ceilings:
         """The arithmetic intensity, in operations per byte, from which on the compute ceiling is the lower one."""
         return self._flops_per_second(dtype) / self.bytes_per_second
 
-    def attainable(self, intensity: float, dtype: torch.dtype) -> float:
-        """The most operations per second at ``intensity`` operations per byte: the roof over this point."""
-        if not 0.0 <= intensity < math.inf:
-            raise ValueError(f"intensity must be at least 0 and finite, got {intensity}")
-        return min(self._flops_per_second(dtype), intensity * self.bytes_per_second)
-
     def seconds(self, flops: float, n_bytes: float, dtype: torch.dtype) -> float:
         """The least time for ``flops`` operations and ``n_bytes`` moved, where the two overlap completely."""
         for name, number in (("flops", flops), ("n_bytes", n_bytes)):

@@ -19,9 +19,10 @@ positive = st.floats(1e-3, 1e15)
 
 def test_the_ridge_is_where_both_lines_meet() -> None:
     assert H100.ridge(torch.bfloat16) == pytest.approx(295.2, abs=0.1)  # the data sheet's two numbers
-    assert H100.attainable(H100.ridge(torch.bfloat16), torch.bfloat16) == pytest.approx(989e12)
-    assert H100.attainable(1.0, torch.bfloat16) == 3.35e12
-    assert H100.attainable(1e9, torch.float32) == 67e12
+    flops = H100.ridge(torch.bfloat16) * 1e9
+    assert H100.seconds(flops, 1e9, torch.bfloat16) == pytest.approx(flops / 989e12)
+    assert 1.0 / H100.seconds(1.0, 1.0, torch.bfloat16) == pytest.approx(3.35e12)
+    assert 1e9 / H100.seconds(1e9, 1.0, torch.float32) == pytest.approx(67e12)
 
 
 @given(flops=positive, n_bytes=positive, compute=positive, memory=positive)
@@ -29,7 +30,7 @@ def test_the_ridge_is_where_both_lines_meet() -> None:
 def test_the_least_time_reaches_the_roof(flops: float, n_bytes: float, compute: float, memory: float) -> None:
     roof = Ceilings({torch.float32: compute}, memory)
     seconds = roof.seconds(flops, n_bytes, torch.float32)
-    assert flops / seconds == pytest.approx(roof.attainable(flops / n_bytes, torch.float32))
+    assert flops / seconds == pytest.approx(min(compute, flops / n_bytes * memory))
     assert seconds >= flops / compute
     assert seconds >= n_bytes / memory
 
@@ -85,7 +86,7 @@ def test_refuses_what_it_cannot_measure(arguments: dict[str, object], words: str
 def test_refuses_what_was_not_measured() -> None:
     with pytest.raises(ValueError, match=r"dtype must be one that was measured \(torch.bfloat16, torch.float32\)"):
         H100.ridge(torch.float16)
-    with pytest.raises(ValueError, match="intensity must be at least 0"):
-        H100.attainable(-1.0, torch.float32)
+    with pytest.raises(ValueError, match="flops must be at least 0"):
+        H100.seconds(-1.0, 1.0, torch.float32)
     with pytest.raises(ValueError, match="n_bytes must be at least 0"):
         H100.seconds(1.0, math.inf, torch.float32)

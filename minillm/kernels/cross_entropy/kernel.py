@@ -67,6 +67,29 @@ def cross_entropy_forward(
 
 
 @triton.jit
+def logit_gradient(
+    z,  # logits, after SOFTCAP
+    lse,  # of their rows; broadcasts to z
+    is_target,  # boolean, as z
+    n_classes,
+    LABEL_SMOOTHING: tl.constexpr,
+    Z_LOSS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Of one row's loss: p (1 + 2 z_loss lse) - smoothing / n_classes - (1 - smoothing) [class = target]."""
+    dz = tl.exp(z - lse)
+    if Z_LOSS != 0.0:
+        dz *= 1.0 + 2.0 * Z_LOSS * lse
+    if LABEL_SMOOTHING != 0.0:
+        dz -= tl.full((), LABEL_SMOOTHING, WIDE) / n_classes
+    dz = tl.where(is_target, dz - (1.0 - LABEL_SMOOTHING), dz)
+    if SOFTCAP != 0.0:
+        dz *= 1.0 - (z / SOFTCAP) * (z / SOFTCAP)
+    return dz
+
+
+@triton.jit
 def cross_entropy_backward(
     dlosses_ptr,  # (n_rows,), WIDE
     logits_ptr,  # (n_rows, n_classes), classes side by side
@@ -84,7 +107,6 @@ def cross_entropy_backward(
     SOFTCAP: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    # dz = dloss * (p * (1 + 2 z_loss lse) - smoothing / n_classes - (1 - smoothing) [column = target])
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # (BLOCK,)
     inside = columns < n_classes
@@ -99,12 +121,5 @@ def cross_entropy_backward(
         z = tl.load(logits_ptr + row * row_stride + columns, mask=inside, other=0.0).to(WIDE)
         if SOFTCAP != 0.0:
             z = soft_cap(z, SOFTCAP)
-        dz = tl.exp(z - lse)
-        if Z_LOSS != 0.0:
-            dz *= 1.0 + 2.0 * Z_LOSS * lse
-        if LABEL_SMOOTHING != 0.0:
-            dz -= tl.full((), LABEL_SMOOTHING, WIDE) / n_classes
-        dz = tl.where(columns == target, dz - (1.0 - LABEL_SMOOTHING), dz)
-        if SOFTCAP != 0.0:
-            dz *= 1.0 - (z / SOFTCAP) * (z / SOFTCAP)
+        dz = logit_gradient(z, lse, columns == target, n_classes, LABEL_SMOOTHING, Z_LOSS, SOFTCAP, WIDE)
         tl.store(dlogits_ptr + columns, (dz * dloss).to(dlogits_ptr.dtype.element_ty), mask=inside)

@@ -4,7 +4,7 @@
 import triton
 import triton.language as tl
 
-from minillm.kernels.cross_entropy.kernel import soft_cap
+from minillm.kernels.cross_entropy.kernel import logit_gradient, soft_cap
 from minillm.kernels.tile_product import tile_of, tile_product
 
 
@@ -156,7 +156,6 @@ def linear_dlogits(
     BLOCK_K: tl.constexpr,
     ROW_TILES: tl.constexpr,
 ):
-    # dz = dloss * (p * (1 + 2 z_loss lse) - smoothing / n_classes - (1 - smoothing) [column = target])
     row_tile, column_tile = tile_of(tl.program_id(0), tl.cdiv(n_rows, BLOCK_M), tl.cdiv(n_classes, BLOCK_N), ROW_TILES)
     rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)  # (BLOCK_M,)
     columns = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)  # (BLOCK_N,)
@@ -185,14 +184,8 @@ def linear_dlogits(
     dlosses = tl.load(dlosses_ptr + rows.to(tl.int64) * dlosses_stride, mask=row_exists, other=0.0)
     ignored = targets == ignore_index
     dlosses = tl.where((targets >= 0) & (targets < n_classes) | ignored, dlosses, float("nan"))
-    dz = tl.exp(z - lse[:, None])
-    if Z_LOSS != 0.0:
-        dz *= (1.0 + 2.0 * Z_LOSS * lse)[:, None]
-    if LABEL_SMOOTHING != 0.0:
-        dz -= LABEL_SMOOTHING / n_classes
-    dz = tl.where(columns[None, :] == targets[:, None], dz - (1.0 - LABEL_SMOOTHING), dz)
-    if SOFTCAP != 0.0:
-        dz *= 1.0 - (z / SOFTCAP) * (z / SOFTCAP)
+    is_target = columns[None, :] == targets[:, None]
+    dz = logit_gradient(z, lse[:, None], is_target, n_classes, LABEL_SMOOTHING, Z_LOSS, SOFTCAP, tl.float32)
     dz = tl.where(ignored[:, None], 0.0, dz * dlosses[:, None])
     tl.store(
         dlogits_ptr + rows[:, None].to(tl.int64) * n_classes + columns[None, :],
