@@ -1,0 +1,89 @@
+"""The parts of PyTorch without a public name that `minillm.distributed` needs: all of them, here and nowhere else.
+
+`tests/distributed/test_private_torch.py` asks for each one, so that a PyTorch that drops one is found by its name.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+
+def after_backward(callback: Callable[[], None]) -> None:
+    """Call `callback` once, in this thread, when the backward pass that is running has filled every `grad`.
+
+    Only within a hook: raises RuntimeError where no backward pass is running. DDP and FSDP2 end their work in the same
+    way.
+    """
+    torch.autograd.Variable._execution_engine.queue_callback(callback)  # type: ignore[attr-defined]
+
+
+class _WorldOfThread:
+    """Stands for `torch.distributed`'s one record of process groups, and gives each thread a record of its own."""
+
+    def __init__(self, outside: Any) -> None:
+        object.__setattr__(self, "_outside", outside)
+        object.__setattr__(self, "_local", threading.local())
+
+    def _record(self) -> Any:
+        return getattr(self._local, "record", self._outside)
+
+    def enter(self) -> None:
+        """Give the calling thread an empty record."""
+        self._local.record = _Record()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._record(), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._record(), name, value)
+
+
+class _Record(distributed_c10d._World):
+    """`_World` keeps most of its fields in the module's globals; here they belong to the record."""
+
+    pg_map: Any = None
+    pg_names: Any = None
+    pg_group_ranks: Any = None
+    pg_backend_config: Any = None
+    group_count: Any = 0
+    tags_to_pg: Any = None
+    pg_to_tag: Any = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pg_map, self.pg_names, self.pg_group_ranks, self.pg_backend_config = {}, {}, {}, {}
+        self.tags_to_pg, self.pg_to_tag = {}, {}
+
+
+@contextmanager
+def worlds_by_thread() -> Iterator[Callable[[], None]]:
+    """While this is open, a thread that has called what it gives sees none but its own process groups.
+
+    Every other thread goes on with the record that there was.
+    """
+    before = distributed_c10d._world
+    world = _WorldOfThread(before)
+    distributed_c10d._world = world  # type: ignore[assignment]
+    torch._C._distributed_c10d._set_thread_isolation_mode(True)  # process groups by name, for functional collectives
+    try:
+        yield world.enter
+    finally:
+        torch._C._distributed_c10d._set_thread_isolation_mode(False)
+        distributed_c10d._world = before
+
+
+def group_key(options: Any) -> tuple[str, tuple[int, ...]]:
+    """(name, global ranks) of the group that a backend is asked to make; no ranks for the default group."""
+    return options.group_id, tuple(options.global_ranks_in_group)
+
+
+def group_name(group: dist.ProcessGroup) -> str:
+    """The name under which all ranks know a group."""
+    return str(distributed_c10d._world.pg_names.get(group, "?"))
