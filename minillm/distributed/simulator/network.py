@@ -1,0 +1,71 @@
+"""The links of a simulated cluster: what a message costs, and which port it waits for.
+
+The alpha-beta model (Hockney 1994, "The communication challenge for MPP"): a message of b bytes takes
+latency + b / bandwidth. Each rank has, for each kind of link, one port to send and one to receive, which carry one
+message at a time (single-port, full duplex).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Network:
+    """Links between ranks.
+
+    Args:
+        latency: seconds before the first byte of a message, at least 0.
+        bandwidth: bytes per second of each direction of a link, above 0; `math.inf` makes bytes free.
+        ranks_per_node: ranks of one node (0 ... k-1, k ... 2k-1, ...) talk over faster links inside it; None: every
+            rank stands alone.
+        inside_latency, inside_bandwidth: of the links inside a node.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    latency: float = 5e-6
+    bandwidth: float = 25e9
+    ranks_per_node: int | None = None
+    inside_latency: float = 2e-6
+    inside_bandwidth: float = 300e9
+
+    def __post_init__(self) -> None:
+        for name in ("latency", "inside_latency"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                raise ValueError(f"{name} must be a finite number of seconds of at least 0, got {getattr(self, name)}")
+        for name in ("bandwidth", "inside_bandwidth"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0 bytes per second, got {getattr(self, name)}")
+        if self.ranks_per_node is not None and self.ranks_per_node < 1:
+            raise ValueError(f"ranks_per_node must be at least 1 or None, got {self.ranks_per_node}")
+
+    def inside(self, ranks: Sequence[int]) -> bool:
+        """Whether all of these ranks stand in one node."""
+        return self.ranks_per_node is not None and len({rank // self.ranks_per_node for rank in ranks}) == 1
+
+    def link(self, ranks: Sequence[int]) -> tuple[float, float]:
+        """(latency, bandwidth) of the slowest link of a ring through these ranks."""
+        if self.inside(ranks):
+            return self.inside_latency, self.inside_bandwidth
+        return self.latency, self.bandwidth
+
+
+class Ports:
+    """When each port of each rank is free again."""
+
+    def __init__(self, network: Network) -> None:
+        self._network = network
+        self._free: dict[tuple[int, str, bool], float] = {}
+
+    def occupy(self, senders: Sequence[int], receivers: Sequence[int], ready: float, seconds: float) -> float:
+        """Take all these ports for `seconds` from the first moment, not before `ready`, at which all are free; when."""
+        inside = self._network.inside([*senders, *receivers])
+        ports = [(rank, "send", inside) for rank in senders] + [(rank, "receive", inside) for rank in receivers]
+        begin = max([ready, *(self._free.get(port, 0.0) for port in ports)])
+        for port in ports:
+            self._free[port] = begin + seconds
+        return begin
