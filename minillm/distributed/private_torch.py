@@ -21,7 +21,7 @@ def after_backward(callback: Callable[[], None]) -> None:
     Only within a hook: raises RuntimeError where no backward pass is running. DDP and FSDP2 end their work in the same
     way.
     """
-    torch.autograd.Variable._execution_engine.queue_callback(callback)  # type: ignore[attr-defined]
+    torch.autograd.Variable._execution_engine.queue_callback(callback)
 
 
 class _WorldOfThread:
@@ -71,11 +71,12 @@ def worlds_by_thread() -> Iterator[Callable[[], None]]:
     before = distributed_c10d._world
     world = _WorldOfThread(before)
     distributed_c10d._world = world  # type: ignore[assignment]
-    torch._C._distributed_c10d._set_thread_isolation_mode(True)  # process groups by name, for functional collectives
+    isolate: Callable[[bool], None] = torch._C._distributed_c10d._set_thread_isolation_mode  # type: ignore[attr-defined]
+    isolate(True)  # groups by name, which functional collectives ask for
     try:
         yield world.enter
     finally:
-        torch._C._distributed_c10d._set_thread_isolation_mode(False)
+        isolate(False)
         distributed_c10d._world = before
 
 

@@ -13,10 +13,11 @@ import threading
 import traceback
 from collections.abc import Callable
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 
-from minillm.distributed.errors import DeadlockError, RankError
+from minillm.distributed.errors import DeadlockError, MismatchError, RankError
 from minillm.distributed.simulator.records import CallRecord, Span
 
 
@@ -38,6 +39,8 @@ class Event:
 class Rank:
     """One simulated rank: its thread, its clock, its generator."""
 
+    exchange: Any  # where it meets the others
+
     def __init__(self, index: int, scheduler: Scheduler, seed: int) -> None:
         self.index, self.scheduler = index, scheduler
         self.clock = 0.0
@@ -46,6 +49,7 @@ class Rank:
         self.baton = threading.Semaphore(0)
         self.lanes: dict[str, float] = {}  # when each lane is free
         self.listeners: list[Callable[[CallRecord], None]] = []
+        self.flops_per_second: float | None = None
         self.generator_state = torch.Generator().manual_seed(seed).get_state()
 
     def runnable_at(self) -> float | None:
@@ -153,12 +157,10 @@ class Scheduler:
                 main(rank)
             except Aborted:
                 pass
-            except (DeadlockError, RankError) as error:
+            except (DeadlockError, MismatchError) as error:
                 self._failure = self._failure or error
-            except BaseException as error:  # noqa: BLE001 (also SystemExit: a rank that leaves is a rank that failed)
-                failure = RankError(rank.index, error)
-                failure.__cause__ = error
-                self._failure = self._failure or failure
+            except BaseException as error:  # also SystemExit: a rank that leaves is a rank that failed
+                self._failure = self._failure or RankError.of(rank.index, error)
             rank.done = True
             self._leave()
 
