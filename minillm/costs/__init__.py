@@ -8,6 +8,13 @@ from minillm.costs.attention import (
     live_fraction,
     live_pairs,
 )
+from minillm.costs.communication import (
+    bytes_sent_by_ring,
+    communication_bytes,
+    communication_seconds,
+    communication_steps,
+    data_parallel_step_seconds,
+)
 from minillm.costs.flash import (
     AttentionSize,
     Traffic,
@@ -31,20 +38,32 @@ from minillm.costs.flops import (
     training_flops,
 )
 from minillm.costs.kv_cache import kv_cache_bytes, kv_cache_bytes_per_token
+from minillm.costs.mics import MiCSTraffic, mics_bytes_per_rank, mics_communication_bytes
 from minillm.costs.moe import expert_parameters, moe_layers
 from minillm.costs.moe_card import PublishedMoE
+from minillm.costs.offload import offload_device_bytes, offload_host_bytes, offload_link_bytes
 from minillm.costs.parameters import active_parameters, parameters, parameters_by_part
 from minillm.costs.published import PUBLISHED_MODELS, PublishedModel
 from minillm.costs.published_moe import PUBLISHED_MOE_MODELS, MoEFigures, moe_figures
+from minillm.costs.zero import (
+    ZeroMemory,
+    zero_bytes_by_kind,
+    zero_bytes_per_rank,
+    zero_communication_bytes,
+    zero_largest_model,
+    zero_table,
+)
 
 __all__ = [
     "PUBLISHED_MODELS",
     "PUBLISHED_MOE_MODELS",
     "AttentionSize",
+    "MiCSTraffic",
     "MoEFigures",
     "PublishedMoE",
     "PublishedModel",
     "Traffic",
+    "ZeroMemory",
     "active_parameters",
     "arithmetic_intensity",
     "attention_activation_bytes",
@@ -52,6 +71,11 @@ __all__ = [
     "attention_flops",
     "attention_flops_by_part",
     "attention_flops_per_pair",
+    "bytes_sent_by_ring",
+    "communication_bytes",
+    "communication_seconds",
+    "communication_steps",
+    "data_parallel_step_seconds",
     "decode_flops_per_token",
     "dense_weights",
     "expert_parameters",
@@ -68,11 +92,21 @@ __all__ = [
     "live_fraction",
     "live_pairs",
     "live_tiles",
+    "mics_bytes_per_rank",
+    "mics_communication_bytes",
     "moe_figures",
     "moe_layers",
+    "offload_device_bytes",
+    "offload_host_bytes",
+    "offload_link_bytes",
     "parameters",
     "parameters_by_part",
     "standard_attention_backward_traffic",
     "standard_attention_traffic",
     "training_flops",
+    "zero_bytes_by_kind",
+    "zero_bytes_per_rank",
+    "zero_communication_bytes",
+    "zero_largest_model",
+    "zero_table",
 ]
