@@ -92,6 +92,10 @@ class SimulatedProcessGroup(dist.ProcessGroup):
         """The backend's name."""
         return BACKEND
 
+    def _get_backend(self, device: torch.device) -> SimulatedProcessGroup:
+        """Itself: PyTorch 2.15 asks whether the backend of a device coalesces messages."""
+        return self
+
     @property
     def group_name(self) -> str:
         """The name of the group, the same on all ranks."""
