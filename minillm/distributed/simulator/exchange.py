@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from minillm.costs.communication import bytes_sent_by_ring
+from minillm.costs.communication import bytes_sent_by_ring, communication_seconds
 from minillm.distributed.errors import MismatchError
 from minillm.distributed.labels import current_label
 from minillm.distributed.simulator.movement import Call, check_same, move
 from minillm.distributed.simulator.network import Network, Ports
 from minillm.distributed.simulator.records import CallRecord, Message
 from minillm.distributed.simulator.scheduler import Event, Rank, Scheduler
-from minillm.distributed.simulator.timing import collective_seconds
 
 
 @dataclass(frozen=True)
@@ -98,11 +97,7 @@ class Exchange:
         move(calls)
         operation, ready = calls[0].operation, max(call.posted for call in calls)
         sent = _pairs(calls)
-        latency, bandwidth = self._network.link(group.ranks)
-        if operation == "all_to_all":
-            seconds = _pairwise_seconds(calls, latency, bandwidth)
-        else:
-            seconds = collective_seconds(operation, calls[0].chunks, latency, bandwidth)
+        seconds = _seconds(calls, *self._network.link(group.ranks))
         begin = ready
         if seconds > 0:
             begin = self._ports.occupy(group.ranks, group.ranks, ready, seconds)
@@ -188,17 +183,14 @@ def _changed(rank: int, operation: str) -> str:
 
 
 def _bytes_sent(call: Call) -> int:
-    if call.operation == "all_to_all":
-        return sum(part[place].nbytes for part in call.inputs for place in range(len(part)) if place != call.rank)
     return bytes_sent_by_ring(call.operation, call.chunks, call.rank, call.root or 0)
 
 
-def _pairs(calls: list[Call]) -> list[tuple[int, int, int]]:
+def _pairs(calls: Sequence[Call]) -> list[tuple[int, int, int]]:
     """(source, destination, bytes) within the group."""
     n, operation, root = len(calls), calls[0].operation, calls[0].root or 0
     if operation == "all_to_all":
-        nbytes: Callable[[int, int], int] = lambda a, b: sum(part[b].nbytes for part in calls[a].inputs)  # noqa: E731
-        return [(a, b, nbytes(a, b)) for a in range(n) for b in range(n) if a != b]
+        return [(a, b, calls[a].chunks[b]) for a in range(n) for b in range(n) if a != b]
     if operation == "scatter":
         return [(root, b, calls[root].chunks[b]) for b in range(n) if b != root]
     if operation == "gather":
@@ -206,8 +198,11 @@ def _pairs(calls: list[Call]) -> list[tuple[int, int, int]]:
     return [(a, (a + 1) % n, _bytes_sent(calls[a])) for a in range(n)]
 
 
-def _pairwise_seconds(calls: list[Call], latency: float, bandwidth: float) -> float:
-    """Step k: each rank sends to the k-th after it; a step takes as long as its largest message."""
-    n = len(calls)
-    nbytes = [[sum(part[b].nbytes for part in call.inputs) for b in range(n)] for call in calls]
-    return sum(latency + max(nbytes[a][(a + k) % n] for a in range(n)) / bandwidth for k in range(1, n))
+def _seconds(calls: Sequence[Call], latency: float, bandwidth: float) -> float:
+    """What the operation takes: each step as long as its largest message."""
+    n, operation, chunks = len(calls), calls[0].operation, calls[0].chunks
+    if operation == "all_to_all":  # in step k each rank sends to the k-th after it
+        steps = [max(calls[a].chunks[(a + k) % n] for a in range(n)) for k in range(1, n)]
+        return sum(latency + n_bytes / bandwidth for n_bytes in steps)
+    n_bytes = sum(chunks) if operation in ("broadcast", "reduce") else n * max(chunks)
+    return communication_seconds(operation, n_bytes, n, latency=latency, bandwidth=bandwidth)

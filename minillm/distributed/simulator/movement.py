@@ -37,7 +37,7 @@ class Call:
         rank: within the group, from 0.
         inputs, outputs: lists of lists of tensors: the operation is done for each list on its own (most have one). What
             they hold by operation: see `move`.
-        chunks: bytes that each rank of the group has in the buffer.
+        chunks: bytes that each rank of the group has in the buffer; of an all-to-all, that this rank has for each.
         reduce_op, root: where the operation has them.
         label: what for.
         posted: virtual time of the call.

@@ -60,7 +60,8 @@ def simulate_ranks(
 
     A library's collective moves the data at once and takes the time, and is logged by the bytes, of the ring algorithm
     on `network`. Blocking `send` is a rendezvous, as in gloo. The clock stands still during ordinary code: time passes
-    by messages, by `compute`, and by matrix products if `flops_per_second` is given.
+    by messages, by `compute`, and by matrix products if `flops_per_second` is given. As a guest, DDP waits for each
+    bucket at once: its C++ code asks for a future, which cannot be one that the clock knows.
 
     Args:
         fn: called on each rank, within an initialised default group.
