@@ -7,9 +7,10 @@ message at a time (single-port, full duplex).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from minillm.costs.arguments import at_least, positive
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class Network:
 
     Args:
         latency: seconds before the first byte of a message, at least 0.
-        bandwidth: bytes per second of each direction of a link, above 0; `math.inf` makes bytes free.
+        bandwidth: bytes per second of each direction of a link, above 0.
         ranks_per_node: ranks of one node (0 ... k-1, k ... 2k-1, ...) talk over faster links inside it; None: every
             rank stands alone.
         inside_latency, inside_bandwidth: of the links inside a node.
@@ -34,14 +35,10 @@ class Network:
     inside_bandwidth: float = 300e9
 
     def __post_init__(self) -> None:
-        for name in ("latency", "inside_latency"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
-                raise ValueError(f"{name} must be a finite number of seconds of at least 0, got {getattr(self, name)}")
-        for name in ("bandwidth", "inside_bandwidth"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0 bytes per second, got {getattr(self, name)}")
-        if self.ranks_per_node is not None and self.ranks_per_node < 1:
-            raise ValueError(f"ranks_per_node must be at least 1 or None, got {self.ranks_per_node}")
+        at_least(0, latency=self.latency, inside_latency=self.inside_latency)
+        positive(bandwidth=self.bandwidth, inside_bandwidth=self.inside_bandwidth)
+        if self.ranks_per_node is not None:
+            at_least(1, ranks_per_node=self.ranks_per_node)
 
     def inside(self, ranks: Sequence[int]) -> bool:
         """Whether all of these ranks stand in one node."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -97,8 +98,12 @@ def simulate_ranks(
             if dist.is_initialized():
                 dist.destroy_process_group()
 
+    hook = sys.excepthook  # each init_process_group puts a hook that names the rank around the one before
     with _one_at_a_time, worlds_by_thread() as enter:
-        scheduler.run(main, timeout)
+        try:
+            scheduler.run(main, timeout)
+        finally:
+            sys.excepthook = hook
     sent = [0] * world_size
     for message in exchange.messages:
         sent[message.source] += message.n_bytes
