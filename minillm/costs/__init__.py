@@ -14,6 +14,7 @@ from minillm.costs.communication import (
     communication_seconds,
     communication_steps,
     data_parallel_step_seconds,
+    ring_chunks,
 )
 from minillm.costs.flash import (
     AttentionSize,
@@ -101,6 +102,7 @@ __all__ = [
     "offload_link_bytes",
     "parameters",
     "parameters_by_part",
+    "ring_chunks",
     "standard_attention_backward_traffic",
     "standard_attention_traffic",
     "training_flops",

@@ -45,6 +45,14 @@ _ALGORITHMS = {
 }
 
 
+def ring_chunks(n_elements: int, element_bytes: int, world_size: int) -> list[int]:
+    """Bytes of each rank's chunk of a buffer, cut as `torch.tensor_split` cuts it: the first ones hold one more."""
+    at_least(0, n_elements=n_elements, element_bytes=element_bytes)
+    at_least(1, world_size=world_size)
+    each, rest = divmod(n_elements, world_size)
+    return [(each + (rank < rest)) * element_bytes for rank in range(world_size)]
+
+
 def bytes_sent_by_ring(operation: str, chunks: Sequence[int], rank: int, root: int = 0) -> int:
     """The bytes that `rank` sends in one operation on a ring of `len(chunks)` ranks; see the module for the convention.
 

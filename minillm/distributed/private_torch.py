@@ -88,3 +88,13 @@ def group_key(options: Any) -> tuple[str, tuple[int, ...]]:
 def group_name(group: dist.ProcessGroup) -> str:
     """The name under which all ranks know a group."""
     return str(distributed_c10d._world.pg_names.get(group, "?"))
+
+
+def group_of_call(argument: Any) -> dist.ProcessGroup:
+    """The process group that an operator of `c10d` (boxed) or of functional collectives (by its name) was given."""
+    if isinstance(argument, dist.ProcessGroup):
+        return argument
+    if isinstance(argument, str):
+        return distributed_c10d._resolve_process_group(argument)  # type: ignore[arg-type]
+    group: dist.ProcessGroup = dist.ProcessGroup.unbox(argument)  # type: ignore[attr-defined]
+    return group
