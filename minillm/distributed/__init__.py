@@ -4,6 +4,7 @@ Everything is plain `torch.distributed`: the same function runs on simulated ran
 of this machine (`run_ranks`) and under `torchrun`.
 """
 
+from minillm.distributed.data_parallel import DataParallel
 from minillm.distributed.errors import DeadlockError, MismatchError, RankError
 from minillm.distributed.labels import annotate
 from minillm.distributed.simulator import (
@@ -19,6 +20,7 @@ from minillm.distributed.simulator import (
 )
 
 __all__ = [
+    "DataParallel",
     "DeadlockError",
     "Message",
     "MismatchError",
