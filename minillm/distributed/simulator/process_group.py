@@ -186,6 +186,10 @@ class SimulatedProcessGroup(dist.ProcessGroup):
         chunks = [sum(tensor.nbytes for tensor in inputs)] * self.size()
         return self._call("gather", [[tensor] for tensor in inputs], outputs, chunks, opts)
 
+    def gather_single(self, output: Tensor, input: Tensor, opts: Any) -> SimulatedWork:
+        """New in PyTorch 2.15; `output` counts on the root only."""
+        return self.gather([self._pieces(output)] if self._place == opts.rootRank else [], [input], opts)
+
     def scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any) -> SimulatedWork:
         chunks = [sum(tensor.nbytes for tensor in outputs)] * self.size()
         return self._call("scatter", inputs, [[output] for output in outputs], chunks, opts)
@@ -234,6 +238,7 @@ class SimulatedProcessGroup(dist.ProcessGroup):
     _allgather_base = all_gather_single
     _reduce_scatter_base = reduce_scatter_single
     alltoall_base = all_to_all_single
+    gather_into_tensor = gather_single
     allgather_into_tensor_coalesced = all_gather_single_coalesced
     reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced
 
