@@ -4,9 +4,15 @@ Everything is plain `torch.distributed`: the same function runs on simulated ran
 of this machine (`run_ranks`) and under `torchrun`.
 """
 
+from minillm.distributed.collectives import ring_all_gather, ring_all_reduce, ring_reduce_scatter
+from minillm.distributed.collectives_all_to_all import all_to_all
+from minillm.distributed.collectives_broadcast import broadcast, chain_broadcast
+from minillm.distributed.collectives_tree import recursive_halving_all_reduce, tree_all_reduce
 from minillm.distributed.data_parallel import DataParallel
 from minillm.distributed.errors import DeadlockError, MismatchError, RankError
 from minillm.distributed.labels import annotate
+from minillm.distributed.processes import run_ranks
+from minillm.distributed.parameter_server import ParameterServer
 from minillm.distributed.simulator import (
     Message,
     Network,
@@ -25,13 +31,23 @@ __all__ = [
     "Message",
     "MismatchError",
     "Network",
+    "ParameterServer",
     "RankError",
     "Simulation",
     "Span",
+    "all_to_all",
     "annotate",
+    "broadcast",
+    "chain_broadcast",
     "compute",
     "is_simulated",
     "now",
+    "recursive_halving_all_reduce",
+    "ring_all_gather",
+    "ring_all_reduce",
+    "ring_reduce_scatter",
+    "run_ranks",
     "simulate_ranks",
     "start",
+    "tree_all_reduce",
 ]

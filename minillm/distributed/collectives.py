@@ -82,8 +82,8 @@ def ring_all_gather(
 
     Args:
         chunk: (rows, ...), this rank's; all but the first axis the same on each rank.
-        sizes: the rows of each rank's chunk, in order of rank; None: as many as here, everywhere. For the chunks that
-            `ring_reduce_scatter` gives of N rows these are `chunk_sizes(N, n)`.
+        sizes: the rows of each rank's chunk, in order of rank; None: as many as here, everywhere. The chunks that
+            `ring_reduce_scatter` gives of N rows have `minillm.costs.ring_chunks(N, 1, n)`.
         group: as for `ring_all_reduce`.
 
     Returns:
@@ -107,11 +107,6 @@ def ring_all_gather(
     chunks[member.rank].copy_(mine)
     _gather_around(chunks, member)
     return gathered
-
-
-def chunk_sizes(n_rows: int, n_chunks: int) -> list[int]:
-    """The sizes of the chunks into which `torch.tensor_split` cuts: the first `n_rows % n_chunks` have one row more."""
-    return [n_rows // n_chunks + (index < n_rows % n_chunks) for index in range(n_chunks)]
 
 
 def _reduce_around(chunks: Sequence[Tensor], reduction: Reduction, member: Member) -> Tensor:
