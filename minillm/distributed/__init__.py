@@ -11,8 +11,8 @@ from minillm.distributed.collectives_tree import recursive_halving_all_reduce, t
 from minillm.distributed.data_parallel import DataParallel
 from minillm.distributed.errors import DeadlockError, MismatchError, RankError
 from minillm.distributed.labels import annotate
-from minillm.distributed.processes import run_ranks
 from minillm.distributed.parameter_server import ParameterServer
+from minillm.distributed.processes import run_ranks
 from minillm.distributed.simulator import (
     Message,
     Network,
