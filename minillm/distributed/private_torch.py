@@ -95,6 +95,6 @@ def group_of_call(argument: Any) -> dist.ProcessGroup:
     if isinstance(argument, dist.ProcessGroup):
         return argument
     if isinstance(argument, str):
-        return distributed_c10d._resolve_process_group(argument)  # type: ignore[arg-type]
-    group: dist.ProcessGroup = dist.ProcessGroup.unbox(argument)  # type: ignore[attr-defined]
+        return distributed_c10d._resolve_process_group(argument)  # type: ignore[attr-defined, arg-type]
+    group: dist.ProcessGroup = dist.ProcessGroup.unbox(argument)
     return group
