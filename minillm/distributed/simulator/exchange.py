@@ -11,7 +11,7 @@ from torch import Tensor
 from minillm.costs.communication import bytes_sent_by_ring, communication_seconds
 from minillm.distributed.errors import MismatchError
 from minillm.distributed.labels import current_label
-from minillm.distributed.simulator.movement import Call, check_same, move
+from minillm.distributed.simulator.movement import Call, check_same, mark, move
 from minillm.distributed.simulator.network import Network, Ports
 from minillm.distributed.simulator.records import CallRecord, Message
 from minillm.distributed.simulator.scheduler import Event, Rank, Scheduler
@@ -51,7 +51,7 @@ class _Post:
 
     def __init__(self, rank: Rank, tensor: Tensor, verb: str, peer: int | None, tag: int) -> None:
         self.rank, self.tensor, self.label, self.posted = rank, tensor, current_label(), rank.clock
-        self.version = None if tensor.is_inference() else tensor._version
+        self.mark = mark(tensor)
         other = "any rank" if peer is None else f"rank {peer}"
         words = {"send": f"send to {other}", "recv": f"recv from {other}"}[verb]
         self.event = Event(verb, lambda: words + (f", tag {tag}" if tag else ""))
@@ -77,7 +77,7 @@ class Exchange:
         """Take one rank's part in an operation; the last one to come sets it going."""
         self._scheduler.synchronise(rank)
         call.posted, call.label = rank.clock, current_label()
-        call.versions = _versions(call)
+        call.marks = [mark(tensor) for part in call.inputs for tensor in part]
         count = self._counts[group, call.rank]
         self._counts[group, call.rank] += 1
         meeting = self._meetings.setdefault((group, count), _Meeting(group, call.operation))
@@ -92,7 +92,7 @@ class Exchange:
     def _hold(self, group: Group, calls: list[Call], event: Event) -> None:
         check_same(calls, group.ranks)
         for call in calls:
-            if call.versions != _versions(call):
+            if any(entry.changed() for entry in call.marks):
                 raise MismatchError(_changed(group.ranks[call.rank], call.operation))
         move(calls)
         operation, ready = calls[0].operation, max(call.posted for call in calls)
@@ -145,7 +145,7 @@ class Exchange:
 
     def _deliver(self, send: _Post, receive: _Post) -> None:
         source, destination = send.rank.index, receive.rank.index
-        if send.version is not None and send.version != send.tensor._version:
+        if send.mark.changed():
             raise MismatchError(_changed(source, "send"))
         sent, taken = send.tensor.detach(), receive.tensor.detach()
         if sent.numel() != taken.numel() or sent.dtype != taken.dtype:
@@ -172,10 +172,6 @@ class Exchange:
             record = CallRecord(operation, len(group.ranks), place, sum(chunks), sent, current_label(), dtype)
             for listener in list(rank.listeners):
                 listener(record)
-
-
-def _versions(call: Call) -> list[int]:
-    return [0 if tensor.is_inference() else tensor._version for part in call.inputs for tensor in part]
 
 
 def _changed(rank: int, operation: str) -> str:

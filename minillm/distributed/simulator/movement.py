@@ -27,6 +27,37 @@ _FOLD: dict[ReduceOp.RedOpType, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
+@dataclass(frozen=True)
+class Mark:
+    """What a tensor held when it was given away; `changed` says whether it still does."""
+
+    tensor: Tensor
+    version: int
+    copy: Tensor | None
+
+    def changed(self) -> bool:
+        """Whether its numbers are others now."""
+        if self.tensor.is_inference() or self.tensor._version == self.version:
+            return False
+        return self.copy is None or not torch.equal(self.copy, _bytes(self.tensor))
+
+
+def mark(tensor: Tensor) -> Mark:
+    """Remember what `tensor` holds.
+
+    Parts of one storage share PyTorch's count of changes: of a part the bytes are kept, to tell its own changes from
+    its neighbours'.
+    """
+    if tensor.is_inference():
+        return Mark(tensor, 0, None)
+    is_part = tensor.untyped_storage().nbytes() > tensor.nbytes
+    return Mark(tensor, tensor._version, _bytes(tensor).clone() if is_part else None)
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
 @dataclass
 class Call:
     """One rank's part in a collective operation.
@@ -52,7 +83,7 @@ class Call:
     root: int | None = None
     label: str = ""
     posted: float = 0.0
-    versions: list[int] = field(default_factory=list)
+    marks: list[Mark] = field(default_factory=list)
 
     def signature(self) -> str:
         """What must be the same on all ranks, in words."""
