@@ -11,6 +11,7 @@ from minillm.distributed.collectives_tree import recursive_halving_all_reduce, t
 from minillm.distributed.data_parallel import DataParallel
 from minillm.distributed.errors import DeadlockError, MismatchError, RankError
 from minillm.distributed.labels import annotate
+from minillm.distributed.overlap import Overlap, overlap
 from minillm.distributed.parameter_server import ParameterServer
 from minillm.distributed.processes import run_ranks
 from minillm.distributed.simulator import (
@@ -24,6 +25,7 @@ from minillm.distributed.simulator import (
     simulate_ranks,
     start,
 )
+from minillm.distributed.traffic import Traffic, TrafficEvent, count_traffic
 
 __all__ = [
     "DataParallel",
@@ -31,17 +33,22 @@ __all__ = [
     "Message",
     "MismatchError",
     "Network",
+    "Overlap",
     "ParameterServer",
     "RankError",
     "Simulation",
     "Span",
+    "Traffic",
+    "TrafficEvent",
     "all_to_all",
     "annotate",
     "broadcast",
     "chain_broadcast",
     "compute",
+    "count_traffic",
     "is_simulated",
     "now",
+    "overlap",
     "recursive_halving_all_reduce",
     "ring_all_gather",
     "ring_all_reduce",
