@@ -56,7 +56,8 @@ def test_the_same_run_twice_is_the_same_to_the_last_message() -> None:
 
     first, second = simulate_ranks(ranks, 4), simulate_ranks(ranks, 4)
 
-    assert first.messages == second.messages and first.timeline == second.timeline
+    assert first.messages == second.messages
+    assert first.timeline == second.timeline
     assert all(torch.equal(a, b) for a, b in zip(first.results, second.results, strict=True))
 
 
@@ -200,7 +201,8 @@ def test_what_others_clean_up_when_a_rank_fails() -> None:
 
     with pytest.raises(RankError, match="rank 0 failed"):
         simulate_ranks(ranks, 2)
-    assert ("caught", 0) in cleaned and ("caught", 1) not in cleaned
+    assert ("caught", 0) in cleaned
+    assert ("caught", 1) not in cleaned
 
 
 def test_leaving_is_failing() -> None:
@@ -351,6 +353,6 @@ def test_a_cluster_in_a_cluster_is_refused() -> None:
 
 
 def test_the_backend_outside_of_a_simulation_is_refused() -> None:
-    with pytest.raises(RuntimeError, match="works within minillm.distributed.simulate_ranks only"):
+    with pytest.raises(RuntimeError, match=r"works within minillm\.distributed\.simulate_ranks only"):
         dist.init_process_group("simulated", store=dist.HashStore(), rank=0, world_size=1)
     assert not dist.is_initialized()
