@@ -13,6 +13,8 @@ from minillm.distributed.errors import DeadlockError, MismatchError, RankError
 from minillm.distributed.labels import annotate
 from minillm.distributed.overlap import Overlap, overlap
 from minillm.distributed.parameter_server import ParameterServer
+from minillm.distributed.mesh import Mesh, init_mesh
+from minillm.distributed.mesh_layout import MeshLayout
 from minillm.distributed.processes import run_ranks
 from minillm.distributed.simulator import (
     Message,
@@ -30,6 +32,8 @@ from minillm.distributed.traffic import Traffic, TrafficEvent, count_traffic
 __all__ = [
     "DataParallel",
     "DeadlockError",
+    "Mesh",
+    "MeshLayout",
     "Message",
     "MismatchError",
     "Network",
@@ -46,6 +50,7 @@ __all__ = [
     "chain_broadcast",
     "compute",
     "count_traffic",
+    "init_mesh",
     "is_simulated",
     "now",
     "overlap",

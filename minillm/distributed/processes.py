@@ -94,7 +94,9 @@ def run_ranks(
             return _results(ranks, deadline, timeout)
         finally:
             for rank in ranks:
-                rank.end()
+                rank.kill()
+            for rank in ranks:
+                rank.close()
 
 
 @dataclass
@@ -147,13 +149,16 @@ class _Rank:
         except OSError:
             self.open = False
 
-    def end(self) -> None:
+    def kill(self) -> None:
         """End the process and those that it has started."""
         if self.process.pid is not None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 if hasattr(os, "killpg"):
                     os.killpg(self.process.pid, signal.SIGKILL)
             self.process.kill()
+
+    def close(self) -> None:
+        if self.process.pid is not None:
             self.process.join()
             self.process.close()
         self.line.close()
