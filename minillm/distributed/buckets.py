@@ -54,8 +54,8 @@ def assign_buckets(
 class GradientBucket:
     """Gradients of some parameters, one behind the other in one flat tensor that a collective reduces in place.
 
-    The flat tensor is made when the first gradient comes, and each gradient's place in it then *is* ``parameter.grad``:
-    nothing is copied back, and the memory lives as long as the gradients do (``zero_grad()`` frees it).
+    The flat tensor is made when the first gradient comes. Once reduced, each gradient's place in it becomes
+    ``parameter.grad``: nothing is copied back, and the memory lives as long as the gradients do.
 
     Args:
         parameters: of one dtype and device, in the order in which they lie in the bucket.
@@ -84,12 +84,8 @@ class GradientBucket:
         return self._places[place] is not None
 
     @torch.no_grad()
-    def fill(self, place: int, scale: float) -> Tensor:
-        """Write ``scale * parameter.grad`` to its place, zeros where there is no gradient.
-
-        Returns:
-            The place: a view of `flat` in the parameter's shape, with its strides where these are dense.
-        """
+    def fill(self, place: int, scale: float) -> None:
+        """Write ``scale * parameter.grad`` to its place, zeros where there is no gradient."""
         parameter = self.parameters[place]
         if self.flat is None:
             self.flat = torch.empty(self.n_elements, dtype=parameter.dtype, device=parameter.device)
@@ -103,10 +99,9 @@ class GradientBucket:
             torch.mul(parameter.grad, scale, out=view)
         self.missing -= self._places[place] is None
         self._places[place] = view
-        return view
 
     def place(self, place: int) -> Tensor:
-        """What `fill` has given for this place, which must be filled."""
+        """A view of `flat` in the parameter's shape, with its strides where these are dense; `fill` it first."""
         view = self._places[place]
         assert view is not None
         return view

@@ -48,8 +48,9 @@ class DataParallel(nn.Module):
     - **Names**: ``state_dict()`` and ``load_state_dict()`` are those of the model, without a prefix.
     - A deep copy holds a copy of the model, in the same group. Pickling is refused: a process group is no data.
 
-    Each ``grad`` is a part of a bucket afterwards. A backward under ``create_graph=True`` is refused; one that reaches
-    no parameter (``torch.autograd.grad``) changes nothing, unless unused parameters are to be found.
+    Each ``grad`` is a part of a bucket afterwards, and None while it is on its way. A backward under
+    ``create_graph=True`` is refused; one that reaches no parameter (``torch.autograd.grad``) changes nothing, unless
+    unused parameters are to be found.
 
     Args:
         model: with dense parameters that have values; not wrapped already.

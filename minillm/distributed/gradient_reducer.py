@@ -6,7 +6,7 @@ Li et al. 2020, "PyTorch Distributed: Experiences on Accelerating Data Parallel 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -122,7 +122,8 @@ class GradientReducer:
                 "parameter used inside and outside of checkpoint(..., use_reentrant=True) needs overlap=False, or "
                 "use_reentrant=False"
             )
-        parameter.grad = bucket.fill(place, self._scale)
+        bucket.fill(place, self._scale)
+        parameter.grad = None  # so that nothing is added to what is on its way
         # In order: on each rank other buckets may be full first, and collectives must meet.
         while len(self._launched) < len(self._buckets) and not self._buckets[len(self._launched)].missing:
             self._launch()
@@ -146,26 +147,29 @@ class GradientReducer:
             self._reset()
 
     def _reduce(self) -> None:
-        left_out: dict[int, Tensor] = {}  # index to what the other ranks' gradients will be summed to
+        left_out: list[int] = []
         for number in range(len(self._launched), len(self._buckets)):
             bucket = self._buckets[number]
             for place, index in enumerate(self._members[number]):
                 if bucket.filled(place):
                     continue
                 # Gradients of earlier backward passes count, whether they were this rank's own or reduced already.
-                view = bucket.fill(place, self._scale_reduced if self._reduced[index] else self._scale)
+                bucket.fill(place, self._scale_reduced if self._reduced[index] else self._scale)
                 if self._used[index]:
-                    self._parameters[index].grad = view
+                    self._parameters[index].grad = None
                 else:
-                    left_out[index] = view
+                    left_out.append(index)
             self._launch()
             if not self._overlap:
                 self._launched[-1].wait()
         if self._overlap:
             for work in self._launched:
                 work.wait()
-        for index in self._used_anywhere(left_out):
-            self._parameters[index].grad = left_out[index]
+        unused = self._unused_anywhere(left_out)
+        for index, parameter in enumerate(self._parameters):
+            if index not in unused:
+                number, place = self._home[index]
+                parameter.grad = self._buckets[number].place(place)
         self._used = [False] * len(self._parameters)
         self._reduced = [True] * len(self._parameters)
         if left_out and not self._find_unused:
@@ -176,15 +180,17 @@ class GradientReducer:
                 "reduced with zeros: freeze what does not learn, or pass find_unused_parameters=True"
             )
 
-    def _used_anywhere(self, left_out: Mapping[int, Tensor]) -> list[int]:
-        """Those left out here that another rank has used; all of them where that is an error anyway."""
+    def _unused_anywhere(self, left_out: Sequence[int]) -> set[int]:
+        """Those left out here that no other rank has used either; none where leaving one out is an error anyway."""
         if not self._find_unused or not self._parameters:
-            return list(left_out)
+            return set()
         used = torch.tensor(self._used, dtype=torch.uint8, device=self._parameters[0].device)
         with annotate("which parameters were used"):
             dist.all_reduce(used, dist.ReduceOp.MAX, self._group)
-        anywhere = used.tolist() if left_out else []
-        return [index for index in left_out if anywhere[index]]
+        if not left_out:
+            return set()  # without reading the answer: on a GPU that waits
+        anywhere = used.tolist()
+        return {index for index in left_out if not anywhere[index]}
 
 
 def _call(
