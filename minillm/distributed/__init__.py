@@ -11,10 +11,10 @@ from minillm.distributed.collectives_tree import recursive_halving_all_reduce, t
 from minillm.distributed.data_parallel import DataParallel
 from minillm.distributed.errors import DeadlockError, MismatchError, RankError
 from minillm.distributed.labels import annotate
-from minillm.distributed.overlap import Overlap, overlap
-from minillm.distributed.parameter_server import ParameterServer
 from minillm.distributed.mesh import Mesh, init_mesh
 from minillm.distributed.mesh_layout import MeshLayout
+from minillm.distributed.overlap import Overlap, overlap
+from minillm.distributed.parameter_server import ParameterServer
 from minillm.distributed.processes import run_ranks
 from minillm.distributed.simulator import (
     Message,
@@ -28,6 +28,8 @@ from minillm.distributed.simulator import (
     start,
 )
 from minillm.distributed.traffic import Traffic, TrafficEvent, count_traffic
+from minillm.distributed.zero import Zero
+from minillm.distributed.zero_mics import mics_groups
 
 __all__ = [
     "DataParallel",
@@ -44,6 +46,7 @@ __all__ = [
     "Span",
     "Traffic",
     "TrafficEvent",
+    "Zero",
     "all_to_all",
     "annotate",
     "broadcast",
@@ -52,6 +55,7 @@ __all__ = [
     "count_traffic",
     "init_mesh",
     "is_simulated",
+    "mics_groups",
     "now",
     "overlap",
     "recursive_halving_all_reduce",

@@ -1,0 +1,160 @@
+"""What ZeRO saves: the whole, as one process would have it, or each rank's part of it.
+
+The whole is for going on without ZeRO; it passes through one rank's memory, buffer by buffer. Parts are for large
+models: every rank writes its own, as flat pieces of parameters with their places, so that any number of ranks can put
+together what it needs (:mod:`minillm.distributed.zero_loading`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from minillm.distributed.zero_optimizer import ParameterState, ShardedOptimizer
+from minillm.distributed.zero_shards import FlatParameters
+
+FORMAT = "minillm.zero.part.1"
+
+
+class StateSaver:
+    """Reads the state of the model and of the optimizer out of the parts.
+
+    Args:
+        entries: gives what `model.state_dict(keep_vars=True)` does.
+        optimizer, flats: hold the parts.
+    """
+
+    def __init__(
+        self, entries: Callable[[], dict[str, Any]], optimizer: ShardedOptimizer, flats: Sequence[FlatParameters]
+    ) -> None:
+        self._entries, self.optimizer, self.flats = entries, optimizer, list(flats)
+        self.ranks = self.flats[0].ranks
+
+    def whole(self, everywhere: bool) -> dict[str, Any]:
+        """{"model": ..., "optimizer": ...} as one process has them, on the CPU; {} where it is not wanted."""
+        wanted = everywhere or self.ranks.is_first
+        values: dict[nn.Parameter, Tensor] = {}
+        states: dict[str, dict[str, Any]] = {}
+        learnt = self._learnt_anywhere()
+        for number, flat in enumerate(self.flats):
+            values.update({place.parameter: tensor for place, tensor in self._split(flat, flat.master, wanted)})
+            for place in flat.places:
+                if wanted and place.group is not None and (number, place.group) in learnt:
+                    states[place.name] = dict(learnt[number, place.group][0].single)
+            keys = {key for (where, _), (state, _) in learnt.items() if where == number for key in state.divided}
+            for key in sorted(keys):
+                have = {
+                    group: dtypes[key]
+                    for (where, group), (_, dtypes) in learnt.items()
+                    if where == number and key in dtypes
+                }
+                part = flat.master.new_zeros(flat.part_size, dtype=next(iter(have.values())))
+                for segment in flat.segments:
+                    if segment.group in have:
+                        part[segment.in_part].copy_(self.optimizer.optimizer.state[segment.parameter][key])
+                for place, tensor in self._split(flat, part, wanted):
+                    if place.group in have:
+                        states[place.name][key] = tensor
+        if not wanted:
+            return {}
+        model = {}
+        for name, value in self._entries().items():
+            found = values.get(value, value) if isinstance(value, nn.Parameter) else value
+            model[name] = found.detach().to("cpu", copy=True) if isinstance(found, Tensor) else found
+        return {"model": model, "optimizer": self._plain_layout(states)}
+
+    def _split(self, flat: FlatParameters, part: Tensor, wanted: bool) -> Iterator[tuple[Any, Tensor]]:
+        full = flat.assemble(part)
+        for place in flat.places if wanted else ():
+            yield place, full[place.start : place.stop].view(place.shape).to("cpu", copy=True)
+
+    def _learnt_anywhere(self) -> dict[tuple[int, int], tuple[ParameterState, dict[str, torch.dtype]]]:
+        """State by (buffer, group), with the dtypes of what is divided; a rank may own nothing of a group."""
+        mine = {}
+        for number, flat in enumerate(self.flats):
+            for segment in flat.segments:
+                state = self.optimizer.optimizer.state.get(segment.parameter)
+                if state:
+                    described = self.optimizer.describe(state)
+                    dtypes = {key: state[key].dtype for key in described.divided}
+                    mine[number, segment.group] = (described, dtypes)
+        found: list[Any] = [mine]
+        if self.ranks.n_parts > 1:
+            found = [None] * self.ranks.n_parts
+            dist.all_gather_object(found, mine, group=self.ranks.partition)
+        merged: dict[tuple[int, int], tuple[ParameterState, dict[str, torch.dtype]]] = {}
+        for theirs in found:
+            merged.update(theirs)
+        return merged
+
+    def _plain_layout(self, states: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        """What the optimizer's own `state_dict()` would be over whole parameters: they are numbered through."""
+        numbered = {
+            name: number for number, name in enumerate(name for names in self.optimizer.names for name in names)
+        }
+        state = {
+            numbered[name]: {key: _copied(value) for key, value in values.items()} for name, values in states.items()
+        }
+        return {"state": dict(sorted(state.items())), "param_groups": self._groups(numbered)}
+
+    def _groups(self, numbered: dict[str, int] | None) -> list[dict[str, Any]]:
+        groups = []
+        for group, names in zip(self.optimizer.optimizer.param_groups, self.optimizer.names, strict=True):
+            settings = {key: _number(value) for key, value in group.items() if key != "params"}
+            groups.append({**settings, "params": [numbered[name] if numbered else name for name in names]})
+        return groups
+
+    def part(self) -> dict[str, Any]:
+        """{"tensors": ..., "metadata": ...} of this rank; what is not divided goes with the first rank's."""
+        tensors: dict[str, Tensor] = {}
+        pieces: dict[str, list[Any]] = {}
+        single: dict[str, dict[str, Any]] = {}
+        for flat in self.flats:
+            segments = {segment.group: segment for segment in flat.segments}
+            for own in flat.pieces():
+                place = own.place
+                if own.start == own.stop and place.shape.numel():
+                    continue
+                pieces[place.name] = [own.start, own.stop, list(place.shape)]
+                tensors[f"model.{place.name}"] = flat.master[own.in_part].clone()
+                segment = segments.get(place.group) if place.group is not None else None
+                state = None if segment is None else self.optimizer.optimizer.state.get(segment.parameter)
+                if segment is None or not state:
+                    continue
+                described = self.optimizer.describe(state)
+                within = slice(own.offset - segment.in_part.start, own.in_part.stop - segment.in_part.start)
+                for key in described.divided:
+                    tensors[f"optimizer.{place.name}.{key}"] = state[key][within].clone()
+                single[place.name] = {}
+                for key, value in described.single.items():
+                    if isinstance(value, Tensor):
+                        tensors[f"optimizer.{place.name}.{key}"] = value.clone()
+                    else:
+                        single[place.name][key] = value
+        if self.ranks.is_first:
+            divided = {place.parameter for flat in self.flats for place in flat.places}
+            for name, value in self._entries().items():
+                if isinstance(value, Tensor) and value not in divided:
+                    tensors[f"whole.{name}"] = value.detach().clone()
+        metadata = {
+            "format": FORMAT,
+            "part": self.ranks.part,
+            "n_parts": self.ranks.n_parts,
+            "pieces": pieces,
+            "divided": sorted(self.optimizer.elementwise),
+            "single": single,
+            "param_groups": self._groups(None),
+        }
+        return {"tensors": tensors, "metadata": metadata}
+
+
+def _copied(value: Any) -> Any:
+    return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
+
+
+def _number(value: Any) -> Any:
+    return value.item() if isinstance(value, Tensor) else value
