@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
+from torch.utils._python_dispatch import _disable_current_modes
 
 
 def after_backward(callback: Callable[[], None]) -> None:
@@ -98,3 +99,13 @@ def group_of_call(argument: Any) -> dist.ProcessGroup:
         return distributed_c10d._resolve_process_group(argument)  # type: ignore[attr-defined, arg-type]
     group: dist.ProcessGroup = dist.ProcessGroup.unbox(argument)
     return group
+
+
+@contextmanager
+def unobserved() -> Iterator[None]:
+    """While this is open, no `TorchDispatchMode` of the calling thread sees what is done: it is not the user's program.
+
+    What a simulation copies from rank to rank is no work and no memory of the rank that happens to do it.
+    """
+    with _disable_current_modes():
+        yield

@@ -11,6 +11,7 @@ from torch import Tensor
 from minillm.costs.communication import bytes_sent_by_ring, communication_seconds
 from minillm.distributed.errors import MismatchError
 from minillm.distributed.labels import current_label
+from minillm.distributed.private_torch import unobserved
 from minillm.distributed.simulator.movement import Call, check_same, mark, move
 from minillm.distributed.simulator.network import Network, Ports
 from minillm.distributed.simulator.records import CallRecord, Message
@@ -73,6 +74,7 @@ class Exchange:
         self._sends: dict[tuple[Group, int, int], list[tuple[int, _Post]]] = defaultdict(list)
         self._receives: dict[tuple[Group, int, int], list[tuple[int | None, _Post]]] = defaultdict(list)
 
+    @unobserved()
     def collective(self, rank: Rank, group: Group, call: Call) -> Event:
         """Take one rank's part in an operation; the last one to come sets it going."""
         self._scheduler.synchronise(rank)
@@ -115,6 +117,7 @@ class Exchange:
         if n_bytes:
             self.messages.append(Message(source, destination, n_bytes, operation, by.label, begin, event.end))
 
+    @unobserved()
     def send(self, rank: Rank, group: Group, tensor: Tensor, destination: int, tag: int) -> _Post:
         """Post a send to a rank of the default group."""
         self._scheduler.synchronise(rank)
@@ -129,6 +132,7 @@ class Exchange:
         self._sends[group, destination, tag].append((rank.index, post))
         return post
 
+    @unobserved()
     def receive(self, rank: Rank, group: Group, tensor: Tensor, source: int | None, tag: int) -> _Post:
         """Post a receive from a rank of the default group, or from whoever sends first."""
         self._scheduler.synchronise(rank)
