@@ -46,7 +46,7 @@ class Zero:
         zero.step()
         zero.zero_grad()
 
-    All ranks begin with the first rank's parameters and buffers, run the same modules in the same order and do the same
+    All ranks begin with the first rank's parameters and buffers, and without gradients. They run the same modules in the same order and do the same
     number of backward passes. Gradients are in no `parameter.grad`: a hook takes them away; a parameter that no loss
     depends on has the gradient zero. Frozen parameters stay so: `requires_grad` is read once, here.
 
@@ -111,6 +111,8 @@ class Zero:
         self._sharded = {place.parameter for flat in self._flats for place in flat.places}
         for tensor in (*(p for p in model.parameters() if p not in self._sharded), *model.buffers()):
             self.ranks.broadcast(tensor.data)
+        for parameter in model.parameters():
+            parameter.grad = None
         scale = 1.0 / self.ranks.n_ranks if reduction == "mean" else 1.0
         for unit in self.units:
             unit.gradients = [

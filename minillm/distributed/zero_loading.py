@@ -131,7 +131,7 @@ class PartSource:
     def __init__(self, parts: Sequence[Mapping[str, Any]], flats: Sequence[FlatParameters]) -> None:
         self._parts = parts
         self._where: dict[str, list[tuple[int, int, Mapping[str, Tensor]]]] = {}
-        shapes: dict[str, torch.Size] = {}
+        self._shapes = shapes = dict[str, torch.Size]()
         states: dict[str, tuple[dict[str, Any], set[str]]] = {}
         self.param_groups = []
         for part in parts:
@@ -156,9 +156,12 @@ class PartSource:
         }
         for flat in flats:
             for own in flat.pieces():
-                if own.place.name in shapes or own.start < own.stop:
-                    _check_shape(own.place.name, own.place.shape, shapes.get(own.place.name))
-                self._overlaps(own.place.name, own.start, own.stop)
+                name, whole = own.place.name, self._whole(own.place.name)
+                found = shapes.get(name) if whole is None else whole.shape
+                if found is not None or own.start < own.stop:
+                    _check_shape(name, own.place.shape, found)
+                if whole is None:
+                    self._overlaps(name, own.start, own.stop)
 
     def _overlaps(self, name: str, start: int, stop: int) -> list[tuple[int, int, int, Mapping[str, Tensor]]]:
         """Saved pieces that together are elements start to stop: (from, to, where the piece starts, its tensors)."""
@@ -176,11 +179,19 @@ class PartSource:
         return found
 
     def piece(self, name: str, key: str, start: int, stop: int) -> Tensor:
+        whole = self._whole(name)
+        if whole is not None:  # frozen: stages 1 and 2 leave it in every rank
+            return whole.reshape(-1)[start:stop]
         stored = f"model.{name}" if key == PARAMETER else f"optimizer.{name}.{key}"
         pieces = [t[stored][a - begin : b - begin] for a, b, begin, t in self._overlaps(name, start, stop)]
         return torch.cat(pieces) if pieces else torch.empty(0)
 
     def undivided(self, name: str) -> Tensor | None:
+        if name in self._shapes:  # frozen: stage 3 divides it
+            return self.piece(name, PARAMETER, 0, self._shapes[name].numel()).view(self._shapes[name])
+        return self._whole(name)
+
+    def _whole(self, name: str) -> Tensor | None:
         for part in self._parts:
             if f"whole.{name}" in part["tensors"].keys():  # noqa: SIM118
                 found: Tensor = part["tensors"][f"whole.{name}"]

@@ -176,9 +176,10 @@ class ShardedOptimizer:
         for own in pieces:
             for key in states[own.place.name].divided if own.place.name in states else ():
                 got = piece(own.place.name, key, own.start, own.stop)
-                if key not in parts:
+                if got.numel() and key not in parts:
                     parts[key] = torch.zeros(flat.part_size, dtype=got.dtype, device=flat.full.device)
-                parts[key][own.in_part].copy_(got)
+                if got.numel():
+                    parts[key][own.in_part].copy_(got)
         for segment in flat.segments:
             group = self.optimizer.param_groups[segment.group]
             inside = [own for own in pieces if own.start < own.stop and own.place.group == segment.group]
