@@ -11,8 +11,10 @@ from minillm.distributed.collectives_tree import recursive_halving_all_reduce, t
 from minillm.distributed.data_parallel import DataParallel
 from minillm.distributed.errors import DeadlockError, MismatchError, RankError
 from minillm.distributed.labels import annotate
+from minillm.distributed.memory import Memory, measure_memory
 from minillm.distributed.mesh import Mesh, init_mesh
 from minillm.distributed.mesh_layout import MeshLayout
+from minillm.distributed.offload import Offload
 from minillm.distributed.overlap import Overlap, overlap
 from minillm.distributed.parameter_server import ParameterServer
 from minillm.distributed.processes import run_ranks
@@ -34,11 +36,13 @@ from minillm.distributed.zero_mics import mics_groups
 __all__ = [
     "DataParallel",
     "DeadlockError",
+    "Memory",
     "Mesh",
     "MeshLayout",
     "Message",
     "MismatchError",
     "Network",
+    "Offload",
     "Overlap",
     "ParameterServer",
     "RankError",
@@ -55,6 +59,7 @@ __all__ = [
     "count_traffic",
     "init_mesh",
     "is_simulated",
+    "measure_memory",
     "mics_groups",
     "now",
     "overlap",
