@@ -89,6 +89,7 @@ class Exchange:
         if len(meeting.calls) == len(group.ranks):
             del self._meetings[group, count]
             self._hold(group, [meeting.calls[place] for place in range(len(group.ranks))], meeting.event)
+            meeting.calls.clear()  # the event knows its meeting: in that circle the tensors would outlive their work
         return meeting.event
 
     def _hold(self, group: Group, calls: list[Call], event: Event) -> None:
