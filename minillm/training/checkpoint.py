@@ -29,13 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from minillm.training.integrity import DamagedError, canonical, describe, fsync, read_sealed, verify, write_sealed
-from minillm.training.state import (
-    model_tensors,
-    optimizer_tensors,
-    restore_optimizer,
-    restore_rng_state,
-    rng_state,
-)
+from minillm.training.state import SavedState, restore_optimizer, restore_rng_state, rng_state, saved_state
 
 FORMAT = 1
 TENSOR_FILES = ("model.safetensors", "optimizer.safetensors")
@@ -71,6 +65,10 @@ class Checkpoint:
         """The position in the training data: a `TokenDataset.state_dict()`."""
         return None if self.state["data"] is None else dict(self.state["data"])
 
+    def model_state(self) -> dict[str, Tensor]:
+        """What `model.state_dict()` was: a tied tensor under each of its names."""
+        return self.model | {name: self.model[kept] for name, kept in self.state["tied"].items()}
+
     def restore(
         self,
         model: nn.Module,
@@ -84,9 +82,8 @@ class Checkpoint:
         Raises:
             ValueError: the model or the optimizer is not of the saved shape; the message names the tensors.
         """
-        tensors = self.model | {name: self.model[kept] for name, kept in self.state["tied"].items()}
         try:
-            model.load_state_dict(tensors)
+            model.load_state_dict(self.model_state())
         except RuntimeError as error:
             raise ValueError(f"{self.path} is a checkpoint of another model: {error}") from None
         if optimizer is not None:
@@ -125,20 +122,39 @@ def save_checkpoint(
         FileExistsError: there is an undamaged checkpoint of this step; a damaged one is replaced.
         OSError: the disk is full, or cannot be written. The checkpoints that were there still are.
     """
+    device = next((tensor.device for tensor in model.state_dict().values()), torch.device("cpu"))
+    return write_checkpoint(
+        folder, saved_state(model, optimizer), step=step, device=device, data=data, config=config, keep=keep
+    )
+
+
+def write_checkpoint(
+    folder: str | Path,
+    saved: SavedState,
+    *,
+    step: int,
+    device: torch.device,
+    data: Mapping[str, Any] | None = None,
+    config: Mapping[str, Any] | None = None,
+    keep: int | None = None,
+) -> Path:
+    """`save_checkpoint` of what has been read from a model already, or gathered from several ranks.
+
+    Args:
+        saved: the model and the optimizer.
+        device: whose random number generator is saved beside the CPU's.
+    """
     if step < 0:
         raise ValueError(f"step must be at least 0, got {step!r}")
     if keep is not None and keep < 1:
         raise ValueError(f"keep must be None (all) or at least 1, got {keep!r}")
-    tensors, tied = model_tensors(model)
-    moments, scalars = optimizer_tensors(optimizer, model) if optimizer is not None else ({}, {})
-    device = next((tensor.device for tensor in tensors.values()), torch.device("cpu"))
     state: dict[str, Any] = {
         "format": FORMAT,
         "step": step,
         "config": dict(config or {}),
         "data": None if data is None else dict(data),
-        "tied": tied,
-        "optimizer_scalars": scalars,
+        "tied": saved.tied,
+        "optimizer_scalars": saved.scalars,
         "rng": rng_state(device),
     }
     canonical(state)  # refuse what JSON cannot hold before anything is written
@@ -146,7 +162,7 @@ def save_checkpoint(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(folder)
-    final = folder / f"step_{step:08d}"
+    final = checkpoint_path(folder, step)
     if final.exists():
         if not _is_damaged(final):
             raise FileExistsError(f"{final} exists and is undamaged: a checkpoint is not written over")
@@ -155,7 +171,7 @@ def save_checkpoint(
     temporary.mkdir()
     try:
         state["files"] = {}
-        for name, content in zip(TENSOR_FILES, (tensors, moments), strict=True):
+        for name, content in zip(TENSOR_FILES, (saved.tensors, saved.moments), strict=True):
             _write_tensors(temporary / name, content)
             state["files"][name] = describe(temporary / name)
         write_sealed(temporary / "state.json", state)
@@ -193,7 +209,7 @@ def load_checkpoint(folder: str | Path, *, step: int | None = None) -> Checkpoin
     damages = []
     for candidate in reversed(steps):
         try:
-            checkpoint = _read(folder / f"step_{candidate:08d}")
+            checkpoint = _read(checkpoint_path(folder, candidate))
         except DamagedError as damage:
             damages.append(str(damage))
             continue
@@ -213,6 +229,11 @@ def checkpoint_steps(folder: str | Path) -> list[int]:
         return []
     matches = (_NAME.fullmatch(path.name) for path in folder.iterdir())
     return sorted(int(match[1]) for match in matches if match)
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step stands."""
+    return folder / f"step_{step:08d}"
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -262,13 +283,14 @@ def remove_old_checkpoints(folder: str | Path, step: int, keep: int) -> None:
     folder = Path(folder)
     _remove_leftovers(folder)
     for older in [number for number in checkpoint_steps(folder) if number <= step][:-keep]:
-        _remove(folder / f"step_{older:08d}")
+        _remove(checkpoint_path(folder, older))
 
 
 def _remove_damaged_after(folder: Path, step: int) -> None:
     for later in checkpoint_steps(folder):
-        if later > step and _is_damaged(folder / f"step_{later:08d}"):
-            _remove(folder / f"step_{later:08d}")
+        path = checkpoint_path(folder, later)
+        if later > step and _is_damaged(path):
+            _remove(path)
 
 
 def _remove(path: Path) -> None:

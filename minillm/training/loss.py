@@ -36,6 +36,10 @@ def accumulate_gradients(
     batches: Sequence[Batch],
     device: torch.device,
     context: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
+    *,
+    n_targets: int | None = None,
+    accumulating: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
+    backward_factor: float = 1.0,
 ) -> tuple[Tensor, int]:
     """Add to the parameters' gradients that of the mean loss over all targets of all `batches`, one batch at a time.
 
@@ -50,27 +54,33 @@ def accumulate_gradients(
         batches: at least one, on the CPU; each may have its own shape.
         device: where `forward` computes.
         context: entered around each forward pass, for autocast.
+        n_targets: what to divide by, where other ranks have the rest of the batches; None counts those of `batches`.
+        accumulating: entered around the passes of every batch but the last, for gradients that are sent with that one.
+        backward_factor: what a loss is multiplied by before its backward pass, and not in the result.
 
     Returns:
         (loss, n_targets): the mean loss in nats per token as a detached scalar on `device`, and the number of targets.
+        (Of `batches`' share in it, where `n_targets` is given.)
 
     Raises:
         ValueError: no target counts.
     """
-    n_targets = count_targets(batches)
+    n_targets = count_targets(batches) if n_targets is None else n_targets
     if n_targets == 0:
         raise ValueError(f"no target to learn from: every target of {len(batches)} batches is {IGNORED}")
     total = torch.zeros((), device=device)
-    for batch in batches:
+    for number, batch in enumerate(batches, start=1):
         inputs, targets = to_device(batch, device)
-        with context():
-            logits = forward(inputs)
-            logits, added = logits if isinstance(logits, tuple) else (logits, None)
-            loss = summed_cross_entropy(logits, targets) / n_targets
-        total += loss.detach()
-        if added is not None:
-            loss = loss + added * (count_targets([batch]) / n_targets)
-        loss.backward()  # type: ignore[no-untyped-call]
+        with accumulating() if number < len(batches) else contextlib.nullcontext():
+            with context():
+                logits = forward(inputs)
+                logits, added = logits if isinstance(logits, tuple) else (logits, None)
+                loss = summed_cross_entropy(logits, targets) / n_targets
+            total += loss.detach()
+            if added is not None:
+                loss = loss + added * (count_targets([batch]) / n_targets)
+            loss = loss if backward_factor == 1.0 else loss * backward_factor
+            loss.backward()  # type: ignore[no-untyped-call]
     return total, n_targets
 
 
@@ -80,8 +90,13 @@ def mean_loss(
     batches: Iterable[Batch],
     device: torch.device,
     context: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
+    *,
+    total_over_ranks: Callable[[Tensor], Tensor] = lambda tensor: tensor,
 ) -> float:
     """The mean loss in nats per token over all targets of all `batches`, which are read one at a time.
+
+    Args:
+        total_over_ranks: where each rank has its rows of the batches, what sums a tensor over ranks.
 
     Raises:
         ValueError: no target counts.
@@ -92,9 +107,10 @@ def mean_loss(
         with context():
             total += summed_cross_entropy(forward(inputs), targets)
         n_targets += count_targets([batch])
+    n_targets = int(total_over_ranks(torch.tensor(n_targets, device=device)))
     if n_targets == 0:
         raise ValueError("no target to evaluate on: the batches are empty")
-    return total.item() / n_targets
+    return total_over_ranks(total).item() / n_targets
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

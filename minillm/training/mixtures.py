@@ -24,11 +24,17 @@ class MixtureTraining:
     Args:
         model: a `minillm.models.Transformer`, or any module. Of another module's experts nothing is known here: it gets
             a warning.
-        forward: calls the model, perhaps compiled.
+        forward: calls the model, perhaps compiled, perhaps as one of several ranks.
+        total_over_ranks: sums a tensor over the ranks, in place: all of them count as one batch.
     """
 
-    def __init__(self, model: nn.Module, forward: Callable[..., Any]) -> None:
-        self._forward = forward
+    def __init__(
+        self,
+        model: nn.Module,
+        forward: Callable[..., Any],
+        total_over_ranks: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    ) -> None:
+        self._forward, self._total = forward, total_over_ranks
         self._mixtures: list[MixtureOfExperts] = model.mixtures() if isinstance(model, Transformer) else []
         unseen = sum(isinstance(module, MixtureOfExperts) for module in model.modules())
         if unseen and not self._mixtures:
@@ -68,9 +74,10 @@ class MixtureTraining:
     def after_update(self) -> None:
         """Move the biases of the routers that have them, by the load of this update: of all layers that share one."""
         loads: dict[SigmoidRouter, Tensor] = {}
-        for mixture, assigned in zip(self._mixtures, self._assigned, strict=False):
+        for mixture, own in zip(self._mixtures, self._assigned, strict=False):
             router = mixture.router
             if isinstance(router, SigmoidRouter):
+                assigned = self._total(own.clone())
                 loads[router] = loads[router] + assigned if router in loads else assigned
         for router, assigned in loads.items():
             router.update_bias(assigned)
@@ -87,13 +94,17 @@ class MixtureTraining:
         """
         if not self._added:
             return {}
-        shares = torch.stack([seen.max() / seen.float().mean().clamp(min=1e-9) for seen in self._seen])
-        assigned, worked = sum(seen.sum() for seen in self._seen), sum(load.sum() for load in self._worked)
-        tokens, without = torch.stack(self._tokens).unbind(1)  # (n_layers,) each
+        loads = [self._total(seen.clone()) for seen in self._seen]
+        shares = torch.stack([load.max() / load.float().mean().clamp(min=1e-9) for load in loads])
+        assigned = torch.stack([load.sum() for load in loads]).sum()
+        worked = self._total(torch.stack([load.sum() for load in self._worked]).sum())
+        tokens, without = self._total(torch.stack(self._tokens)).unbind(1)  # (n_layers,) each
+        added = torch.stack(self._added)
+        passes, router_loss = self._total(torch.stack([torch.ones_like(added), added]).float().sum(1))
         figures = {
-            "router_loss": torch.stack(self._added).mean().float(),
+            "router_loss": router_loss / passes,
             "max_over_mean": shares.max(),
-            "drop_rate": 1.0 - worked / torch.as_tensor(assigned).clamp(min=1),
+            "drop_rate": 1.0 - worked / assigned.clamp(min=1),
             "tokens_without_expert": (without / tokens.clamp(min=1)).max(),
         }
         self._seen, self._worked, self._tokens, self._added = [], [], [], []

@@ -7,6 +7,8 @@ the random number generators (dropout). Tensors get flat names, as safetensors f
 from __future__ import annotations
 
 import base64
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,25 +33,48 @@ def model_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, aliases
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The optimizer's state under names such as `blocks.0.norm.weight/exp_avg`, and what is not a tensor in it.
+@dataclass(frozen=True)
+class SavedState:
+    """A model and its optimizer as a checkpoint holds them.
 
-    Returns:
-        (tensors, scalars): scalars maps the same kind of names to JSON values.
+    Attributes:
+        tensors, tied: see `model_tensors`.
+        moments: the optimizer's tensors, under names such as `blocks.0.norm.weight/exp_avg`.
+        scalars: what is not a tensor in it, under the same kind of names.
+    """
+
+    tensors: dict[str, Tensor]
+    tied: dict[str, str]
+    moments: dict[str, Tensor]
+    scalars: dict[str, Any]
+
+
+def saved_state(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> SavedState:
+    """Read a model and its optimizer.
 
     Raises:
         ValueError: the optimizer holds a parameter that is not the model's.
     """
-    names = _parameter_names(optimizer, model)
-    tensors: dict[str, Tensor] = {}
+    if optimizer is None:
+        return SavedState(*model_tensors(model), {}, {})
+    names = parameter_names(optimizer, model)
+    return SavedState(*model_tensors(model), *optimizer_tensors(optimizer.state_dict()["state"], names))
+
+
+def optimizer_tensors(
+    state: Mapping[int, Mapping[str, Any]], names: Sequence[str]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """`SavedState`'s moments and scalars, from the part "state" of an optimizer's state dict and the names of its
+    parameters."""
+    moments: dict[str, Tensor] = {}
     scalars: dict[str, Any] = {}
-    for index, state in optimizer.state_dict()["state"].items():
-        for key, value in state.items():
+    for index, values in state.items():
+        for key, value in values.items():
             if isinstance(value, Tensor):
-                tensors[f"{names[index]}/{key}"] = value.detach().contiguous()
+                moments[f"{names[index]}/{key}"] = value.detach().contiguous()
             else:
                 scalars[f"{names[index]}/{key}"] = value
-    return tensors, scalars
+    return moments, scalars
 
 
 def restore_optimizer(
@@ -61,7 +86,18 @@ def restore_optimizer(
         ValueError: the optimizer holds a parameter that is not the model's, or there is state for a parameter that the
             optimizer does not hold.
     """
-    names = _parameter_names(optimizer, model)
+    state = plain_optimizer_state(parameter_names(optimizer, model), tensors, scalars)
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def plain_optimizer_state(
+    names: Sequence[str], tensors: dict[str, Tensor], scalars: dict[str, Any]
+) -> dict[int, dict[str, Any]]:
+    """The part "state" of an optimizer's state dict, from `SavedState`'s moments and scalars.
+
+    Raises:
+        ValueError: there is state for a parameter that is not in `names`.
+    """
     indices = {name: index for index, name in enumerate(names)}
     state: dict[int, dict[str, Any]] = {}
     for flat_name, value in (*tensors.items(), *scalars.items()):
@@ -70,7 +106,7 @@ def restore_optimizer(
             raise ValueError(f"the checkpoint holds optimizer state for {name!r}, which this optimizer does not train")
         # A clone, for the tensors read from a file are a view of the file.
         state.setdefault(indices[name], {})[key] = value.clone() if isinstance(value, Tensor) else value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    return state
 
 
 def rng_state(device: torch.device) -> dict[str, str]:
@@ -95,8 +131,11 @@ def restore_rng_state(states: dict[str, str], device: torch.device) -> None:
             torch.mps.set_rng_state(state)
 
 
-def _parameter_names(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[str]:
-    """The name of each of the optimizer's parameters, in the order of its state dict's numbers."""
+def parameter_names(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[str]:
+    """The name of each of the optimizer's parameters, in the order of its state dict's numbers.
+
+    Raises ValueError if it holds one that is not the model's.
+    """
     name_of = {id(parameter): name for name, parameter in model.named_parameters()}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if any(id(parameter) not in name_of for parameter in parameters):

@@ -14,16 +14,24 @@ from torch import nn
 
 from minillm.models.modes import evaluation_mode
 from minillm.optim import AdamW, parameter_groups, warmup_cosine
-from minillm.training.checkpoint import checkpoint_steps, load_checkpoint, remove_old_checkpoints, save_checkpoint
+from minillm.training.checkpoint import (
+    checkpoint_path,
+    checkpoint_steps,
+    load_checkpoint,
+    remove_old_checkpoints,
+    write_checkpoint,
+)
 from minillm.training.config import TrainingConfig
 from minillm.training.interrupt import Interrupt, interruptible
 from minillm.training.lock import exclusive
-from minillm.training.loss import Batch, accumulate_gradients, mean_loss
+from minillm.training.loss import Batch, accumulate_gradients, count_targets, mean_loss
 from minillm.training.metrics import NonFiniteError, StepStatistics
 from minillm.training.mixtures import MixtureTraining
+from minillm.training.parallel import ParallelPlan, make_engine
 from minillm.training.precision import autocast, check_compiler, resolve_device, resolve_precision
 from minillm.training.report import Report
 from minillm.training.result import TrainingResult, bits_per_byte
+from minillm.training.state import restore_rng_state
 
 
 class TrainingData(Protocol):
@@ -56,13 +64,17 @@ class Trainer:
         folder: where metrics and checkpoints go; None writes nothing.
         resume: go on from the newest good checkpoint in `folder`. False refuses a folder that holds any.
         progress: show a bar on the standard error, with the loss, tokens per second and the time left.
+        parallel: how the work is spread over ranks, each of which makes this Trainer with the same arguments; None is
+            one process. The first rank writes and shows the bar; all call `on_log` and `on_evaluate`. A checkpoint is
+            that of one process, whatever the plan.
         on_log: called with each line of metrics, before it is written: what it adds is written too, and must be JSON.
         on_evaluate: called so with this Trainer and the line after each evaluation, e.g. to add what the model writes
             by now. Neither it nor `on_log` changes the run: random numbers it draws are taken back.
 
     Raises:
         FileExistsError: `resume` is False and there are checkpoints.
-        ValueError, RuntimeError: a device, a precision or a compiler that is not there.
+        ValueError, RuntimeError: a device, a precision, a compiler or ranks that are not there; compiling on several
+            ranks.
     """
 
     def __init__(
@@ -75,6 +87,7 @@ class Trainer:
         folder: str | Path | None = None,
         resume: bool = True,
         progress: bool = True,
+        parallel: ParallelPlan | None = None,
         on_log: Callable[[dict[str, Any]], None] | None = None,
         on_evaluate: Callable[[Trainer, dict[str, Any]], None] | None = None,
     ) -> None:
@@ -88,26 +101,33 @@ class Trainer:
             )
         self.model = model.to(self.device)
         self.train_data, self.validation_data = train_data, validation_data
-        self.optimizer = AdamW(
-            parameter_groups(model, self.config.weight_decay),
-            lr=self.config.learning_rate,
-            betas=self.config.betas,
-            fused=True,
-        )
-        self._parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        forward: Callable[..., Any] = model
+        plan = parallel or ParallelPlan()
+        if self.config.compile and plan.dp > 1:
+            raise ValueError(f"compile=True trains in one process, and dp is {plan.dp}")
+        self._engine = make_engine(plan, self.model, self._make_optimizer)
+        self.optimizer = self._engine.optimizer
+        forward = self._engine.forward
         if self.config.compile:
             check_compiler(self.device)
             forward = torch.compile(model)
-        self._mixtures = MixtureTraining(model, forward)
+        self._mixtures = MixtureTraining(model, forward, self._engine.sum)
         self._context = partial(autocast, self.precision, self.device)
         self._on_log, self._on_evaluate = on_log, on_evaluate
-        self._report = Report(progress=progress)
+        self._report = Report(progress=progress and self._writes)
         self._statistics = StepStatistics(self.device)
         self.step = 0
         self._checkpoint: Path | None = None
         self._saved = 0  # the newest checkpoint's step
         self._started = self._in_a_step = self._broken_off = False
+
+    def _make_optimizer(self) -> AdamW:
+        groups = parameter_groups(self.model, self.config.weight_decay)
+        return AdamW(groups, lr=self.config.learning_rate, betas=self.config.betas, fused=True)
+
+    @property
+    def _writes(self) -> bool:
+        """Whether it is this rank that writes into the folder."""
+        return self._engine.rank == 0
 
     @property
     def history(self) -> list[dict[str, Any]]:
@@ -129,7 +149,7 @@ class Trainer:
         """
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
-        lock = nullcontext() if self.folder is None or locked else exclusive(self.folder)
+        lock = nullcontext() if self.folder is None or locked or not self._writes else exclusive(self.folder)
         with lock, interruptible() as interrupt:
             self._start()
             modes = [(module, module.training) for module in self.model.modules()]
@@ -157,18 +177,28 @@ class Trainer:
             peak=config.learning_rate,
             minimum=config.final_learning_rate,
         )
-        for group in self.optimizer.param_groups:
+        engine = self._engine
+        for group in engine.param_groups:
             group["lr"] = rate
         batches = [self.train_data.next_batch() for _ in range(config.gradient_accumulation_steps)]
-        loss, n_targets = accumulate_gradients(self._mixtures.forward, batches, self.device, self._context)
-        grad_norm = nn.utils.clip_grad_norm_(self._parameters, config.grad_clip or float("inf"))
+        loss, n_targets = accumulate_gradients(
+            self._mixtures.forward,
+            [engine.own_rows(batch) for batch in batches],
+            self.device,
+            self._context,
+            n_targets=count_targets(batches),
+            accumulating=engine.accumulating,
+            backward_factor=engine.backward_factor,
+        )
+        loss = engine.sum(loss)
+        grad_norm = engine.clip(config.grad_clip or float("inf"))
         self._statistics.add(step, loss, grad_norm, n_targets)
         if self.device.type == "cpu":
             # Costs nothing here, and the parameters stay as they were; a GPU is asked with the next line of metrics.
             self._statistics.check()
-        self.optimizer.step()
+        engine.step()
         self._mixtures.after_update()
-        self.optimizer.zero_grad(set_to_none=True)
+        engine.zero_grad()
         self.step, self._in_a_step = step, False
 
     def evaluate(self) -> float:
@@ -191,22 +221,28 @@ class Trainer:
         elif self._in_a_step:
             raise RuntimeError("the last run was cut off in the middle of a step: make the model and the Trainer anew")
         elif not self._started:
-            torch.manual_seed(self.config.seed)
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.folder is not None:
+            torch.manual_seed(self.config.seed + self._engine.rank)  # dropout: other rows, other draws
+        self._engine.zero_grad()
+        if self.folder is not None and self._writes:
             self._report.open(self.folder / "metrics.jsonl", self.step)
         self._started, self._in_a_step = True, False
 
     def _restore(self) -> None:
         assert self.folder is not None
         checkpoint = load_checkpoint(self.folder / "checkpoints")
-        checkpoint.restore(self.model, self.optimizer, rng_device=self.device)
+        self._engine.restore(checkpoint)
+        if self._writes:
+            restore_rng_state(checkpoint.state["rng"], self.device)
+        else:  # whose generators are not saved; they go on with draws that nobody has had
+            torch.manual_seed(self.config.seed + checkpoint.step * self._engine.n_ranks + self._engine.rank)
         if checkpoint.data is not None:
             self.train_data.load_state_dict(checkpoint.data)
         self.step, self._saved, self._checkpoint = checkpoint.step, checkpoint.step, checkpoint.path
         self._statistics = StepStatistics(self.device)  # a checkpoint follows a reading: nothing was gathered since
         self._mixtures.restart()
-        remove_old_checkpoints(checkpoint.path.parent, self.step, self.config.keep_checkpoints)
+        self._engine.barrier()  # all have read it
+        if self._writes:
+            remove_old_checkpoints(checkpoint.path.parent, self.step, self.config.keep_checkpoints)
         self._report.tokens, self._report.seconds = checkpoint.config["tokens"], checkpoint.config["seconds"]
         changes = self.config.changed_updates(checkpoint.config["training"])
         if changes:
@@ -216,22 +252,24 @@ class Trainer:
     def _loop(self, interrupt: Interrupt) -> None:
         config, report = self.config, self._report
         with report.bar(self.step, config.max_steps):
-            while self.step < config.max_steps and not interrupt.requested:
+            while self.step < config.max_steps and not self._stopping(interrupt):
                 self.update()
                 report.advance()
                 last = self.step == config.max_steps
                 evaluation = last or _due(self.step, config.eval_every)
-                save = last or interrupt.requested or _due(self.step, config.checkpoint_every)
+                stopping = self._stopping(interrupt)
+                save = last or stopping or _due(self.step, config.checkpoint_every)
                 if evaluation or save or self.step == 1 or _due(self.step, config.log_every):
                     line = self._measure()
                     if evaluation and self.validation_data is not None:
                         batches = self.validation_data.evaluation_batches(config.eval_batches)
-                        loss = self._mean_loss(_until(batches, interrupt))
-                        if not interrupt.requested:
+                        loss = self._mean_loss(_until(batches, lambda: self._stopping(interrupt)))
+                        stopping = self._stopping(interrupt)
+                        if not stopping:
                             line["validation_loss"] = loss
-                    self._call_back(line, evaluated=evaluation and not interrupt.requested)
+                    self._call_back(line, evaluated=evaluation and not stopping)
                     report.append(line)
-                    if save or interrupt.requested:
+                    if save or stopping:
                         self._save()
                     report.restart_clock()
             if self.folder is not None and self._saved != self.step:  # Ctrl-C came when this step was seen to
@@ -239,8 +277,12 @@ class Trainer:
                     report.append(self._measure())
                 self._save()
 
+    def _stopping(self, interrupt: Interrupt) -> bool:
+        """Whether Ctrl-C was pressed: all ranks stop after the same step, if any of them was asked to."""
+        return self._engine.any(interrupt.requested)
+
     def _measure(self) -> dict[str, Any]:
-        rate = self.optimizer.param_groups[0]["lr"]
+        rate = self._engine.param_groups[0]["lr"]
         return self._report.measure(self.step, self._statistics, learning_rate=rate) | self._mixtures.read()
 
     def _call_back(self, line: dict[str, Any], *, evaluated: bool) -> None:
@@ -257,20 +299,25 @@ class Trainer:
             return
         self._report.sync()
         config = {"training": self.config.to_dict(), "tokens": self._report.tokens, "seconds": self._report.seconds}
-        self._checkpoint = save_checkpoint(
-            self.folder / "checkpoints",
-            step=self.step,
-            model=self.model,
-            optimizer=self.optimizer,
-            data=self.train_data.state_dict(),
-            config=config,
-            keep=self.config.keep_checkpoints,
-        )
+        saved = self._engine.saved_state()
+        if saved is not None:
+            write_checkpoint(
+                self.folder / "checkpoints",
+                saved,
+                step=self.step,
+                device=self.device,
+                data=self.train_data.state_dict(),
+                config=config,
+                keep=self.config.keep_checkpoints,
+            )
+        self._engine.barrier()  # nobody goes on from a checkpoint that is not there yet
+        self._checkpoint = checkpoint_path(self.folder / "checkpoints", self.step)
         self._saved = self.step
 
     def _mean_loss(self, batches: Iterable[Batch]) -> float:
+        own = map(self._engine.own_rows, batches)
         with evaluation_mode(self.model):
-            return mean_loss(self.model, batches, self.device, self._context)
+            return mean_loss(self.model, own, self.device, self._context, total_over_ranks=self._engine.sum)
 
     def _checkpoint_steps(self) -> list[int]:
         return [] if self.folder is None else checkpoint_steps(self.folder / "checkpoints")
@@ -298,9 +345,9 @@ def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
-def _until(batches: Iterable[Batch], interrupt: Interrupt) -> Iterator[Batch]:
+def _until(batches: Iterable[Batch], stopping: Callable[[], bool]) -> Iterator[Batch]:
     """The batches, the first in any case, until Ctrl-C."""
     for batch in batches:
         yield batch
-        if interrupt.requested:
+        if stopping():
             return

@@ -331,7 +331,7 @@ def test_broken_off_between_steps(shards: Path, tmp_path: Path, monkeypatch: pyt
     trainer = Trainer(
         parts, make_data(shards), make_data(shards, "validation"), config, folder=tmp_path / "parts", progress=False
     )
-    name = {"evaluation": "mean_loss", "saving": "save_checkpoint"}[when]
+    name = {"evaluation": "mean_loss", "saving": "write_checkpoint"}[when]
     original = getattr(minillm.training.trainer, name)
 
     def fail(*arguments: Any, **options: Any) -> Any:
