@@ -46,9 +46,9 @@ class Zero:
         zero.step()
         zero.zero_grad()
 
-    All ranks begin with the first rank's parameters and buffers, and without gradients. They run the same modules in the same order and do the same
-    number of backward passes. Gradients are in no `parameter.grad`: a hook takes them away; a parameter that no loss
-    depends on has the gradient zero. Frozen parameters stay so: `requires_grad` is read once, here.
+    All ranks begin with the first rank's parameters and buffers, and without gradients. They run the same modules in
+    the same order and do the same number of backward passes. Gradients are in no `parameter.grad`: a hook takes them
+    away; a parameter that no loss depends on has the gradient zero. What is frozen when this is made stays so.
 
     Args:
         model: holds all parameters, on every rank.
@@ -202,7 +202,15 @@ class Zero:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Update this rank's part, then in stages 1 and 2 fetch the parts of the others."""
+        """Update this rank's part, then in stages 1 and 2 fetch the parts of the others.
+
+        Raises:
+            ValueError: a parameter has been frozen, or trained, that was not when this was made.
+        """
+        for flat in self._flats:
+            for place in flat.places:
+                if place.parameter.requires_grad != flat.trainable:
+                    raise ValueError(f"requires_grad of {place.name} must be what it was when Zero was made")
         if self._gatherer is not None:
             self._gatherer.free_all()
         self._reducer.finish()

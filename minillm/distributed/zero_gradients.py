@@ -7,8 +7,9 @@ bucket or two (Rajbhandari et al. 2020, section 5.2).
 
 from __future__ import annotations
 
+import functools
+import weakref
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -160,10 +161,11 @@ class GradientReducer:
         self._full: set[int] = set()
         self._turn = 0
         self._latest: FlatGradients | None = None
+        myself = weakref.ref(self)  # a parameter's C++ hooks hide from the garbage collector: they must hold nothing
         for number, bucket in enumerate(self.buckets):
             for index, place in enumerate(bucket.flat.places):
                 place.parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
-                    partial(self._take, number, index)
+                    functools.partial(_take, myself, number, index)
                 )
 
     @property
@@ -176,7 +178,8 @@ class GradientReducer:
             self.in_backward = True
             after_backward(self._end)
 
-    def _take(self, number: int, index: int, _parameter: Tensor) -> None:
+    def take(self, number: int, index: int) -> None:
+        """From within a hook: a parameter of a bucket has its gradient."""
         self.begin()
         if self.buckets[number].add(index) and self.in_turn and self._moves:
             self._full.add(number)
@@ -235,3 +238,9 @@ class GradientReducer:
         self._turn = 0
         for bucket in self.buckets:
             bucket.clear()
+
+
+def _take(reducer: weakref.ref[GradientReducer], number: int, index: int, _: Tensor) -> None:
+    alive = reducer()
+    if alive is not None:
+        alive.take(number, index)
