@@ -7,6 +7,7 @@ of this machine (`run_ranks`) and under `torchrun`.
 from minillm.distributed.collectives import ring_all_gather, ring_all_reduce, ring_reduce_scatter
 from minillm.distributed.collectives_all_to_all import all_to_all
 from minillm.distributed.collectives_broadcast import broadcast, chain_broadcast
+from minillm.distributed.collectives_server import server_all_reduce
 from minillm.distributed.collectives_tree import recursive_halving_all_reduce, tree_all_reduce
 from minillm.distributed.data_parallel import DataParallel
 from minillm.distributed.errors import DeadlockError, MismatchError, RankError
@@ -68,6 +69,7 @@ __all__ = [
     "ring_all_reduce",
     "ring_reduce_scatter",
     "run_ranks",
+    "server_all_reduce",
     "simulate_ranks",
     "start",
     "tree_all_reduce",

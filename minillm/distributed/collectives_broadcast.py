@@ -35,7 +35,7 @@ def broadcast(tensor: Tensor, source: int, *, group: dist.ProcessGroup | None = 
         TypeError: not a dense tensor. ValueError: `source` or this rank is not in the group; an expanded tensor.
     """
     member = Member(group)
-    root = _rank_in_group(source, group)
+    root = member.place_of("source", source)
     with flat_in_place("tensor", tensor) as flat:
         broadcast_down_tree(flat, root, member)
 
@@ -75,7 +75,7 @@ def chain_broadcast(tensor: Tensor, source: int, *, n_pieces: int = 8, group: di
         raise ValueError(f"n_pieces must be at least 1, got {n_pieces}")
     member = Member(group)
     n = member.size
-    place = (member.rank - _rank_in_group(source, group)) % n
+    place = (member.rank - member.place_of("source", source)) % n
     left, right = (member.rank - 1) % n, (member.rank + 1) % n
     with flat_in_place("tensor", tensor) as flat:
         pieces = flat.tensor_split(n_pieces)
@@ -86,10 +86,3 @@ def chain_broadcast(tensor: Tensor, source: int, *, n_pieces: int = 8, group: di
                 send=(pieces[leaving], right) if leaving >= 0 and place + 1 < n else None,
                 receive=(pieces[coming], left) if coming < n_pieces and place > 0 else None,
             )
-
-
-def _rank_in_group(source: int, group: dist.ProcessGroup | None) -> int:
-    ranks = dist.get_process_group_ranks(group)
-    if source not in ranks:
-        raise ValueError(f"source must be a rank of the default group that is in the group {ranks}, got {source}")
-    return ranks.index(source)

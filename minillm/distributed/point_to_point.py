@@ -28,6 +28,13 @@ class Member:
         if self.rank < 0:
             raise ValueError(f"group must be one that this rank is in, and rank {dist.get_rank()} is not")
 
+    def place_of(self, name: str, rank: int) -> int:
+        """Where a rank of the default group stands in the group; ValueError, naming the argument, if it does not."""
+        ranks = dist.get_process_group_ranks(self.group)
+        if rank not in ranks:
+            raise ValueError(f"{name} must be a rank of the default group that is in the group {ranks}, got {rank}")
+        return ranks.index(rank)
+
     def exchange(
         self,
         label: str,
