@@ -5,12 +5,16 @@ What a command needs is imported inside it, so that `minillm --help` does not wa
 
 import sys
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from minillm import __version__
+
+if TYPE_CHECKING:
+    from minillm.training import TrainingResult
 
 
 class _BadValue(click.ClickException):
@@ -60,9 +64,12 @@ def main(traceback: bool) -> None:
 @click.option("--seed", type=int, help="Of the model, the split and the order of the batches.")
 @click.option("--set", "assignments", multiple=True, metavar="SECTION.KEY=VALUE", help="Change a setting; repeatable.")
 @click.option("--figures", is_flag=True, help="Save loss_curve.png and attention.png in the run folder.")
+@click.option("--dp", type=int, default=1, show_default=True, help="Data-parallel ranks, which torchrun starts.")
+@click.option("--zero", type=int, default=0, show_default=True, help="What they divide: ZeRO stage 1, 2 or 3.")
+@click.option("--engine", default="minillm", show_default=True, help="minillm, or torch for PyTorch's DDP and FSDP2.")
 def train(
     preset: str, corpus: str | None, out: Path | None, steps: int | None, device: str | None, seed: int | None,
-    assignments: tuple[str, ...], figures: bool,
+    assignments: tuple[str, ...], figures: bool, dp: int, zero: int, engine: str,
 ) -> None:  # fmt: skip
     """Train a model on a corpus. A run that its folder already holds is taken up where it stopped.
 
@@ -71,12 +78,14 @@ def train(
       $ minillm train --corpus synthetic --out runs/grammar
       $ minillm train --steps 30 --set model.n_layers=1 --set training.learning_rate=2e-3 --out runs/short
       $ minillm train --steps 30 --set model.moe.n_experts=8 --set model.moe.k=2 --out runs/experts
+      $ torchrun --standalone --nproc-per-node 2 -m minillm train --dp 2 --zero 3 --out runs/sharded
     """
     from minillm import presets
-    from minillm.report import save_figures, summary, write
+    from minillm.distributed.startup import initialize
     from minillm.training import TrainingConfig
+    from minillm.training.parallel import ParallelPlan
     from minillm.training.precision import resolve_device
-    from minillm.training.run import load_run, train_run
+    from minillm.training.run import train_run
 
     flags = {"data.corpus": corpus, "training.max_steps": steps, "training.device": device}
     flags |= {"training.seed": seed, "data.seed": seed}
@@ -84,25 +93,41 @@ def train(
         changes = dict(presets.parse_assignment(assignment) for assignment in assignments)
         changes |= {name: value for name, value in flags.items() if value is not None}
         settings = presets.override(presets.load_preset(preset), changes)
-        resolve_device(TrainingConfig.from_dict(settings["training"]).device)
+        place = resolve_device(TrainingConfig.from_dict(settings["training"]).device)
+        plan = ParallelPlan(dp, zero, engine)
     except (ValueError, TypeError, OSError) as error:
         raise click.UsageError(str(error)) from error
     folder = out or Path("runs", Path(preset).stem)
     corpus = settings["data"].pop("corpus", "python-docs")
-    click.echo(f"{preset} on {corpus}, in {folder}")
-    sections: Any = settings  # the checker takes **settings for any of train_run's arguments
-    result = train_run(folder, corpus=corpus, **sections)
+    backend = "nccl" if place.type == "cuda" else "gloo"
+    with nullcontext() if plan.dp == 1 else initialize(backend=backend) as here:
+        first = here is None or here.rank == 0
+        if first:
+            ranks = "" if plan.dp == 1 else f", on {plan.dp} ranks"
+            click.echo(f"{preset} on {corpus}, in {folder}{ranks}")
+        sections: Any = settings  # the checker takes **settings for any of train_run's arguments
+        result = train_run(folder, corpus=corpus, parallel=plan, **sections)
+    if first:
+        _tell(folder, result, figures)
+    if result.interrupted:
+        raise SystemExit(130)
+
+
+def _tell(folder: Path, result: "TrainingResult", figures: bool) -> None:
+    from minillm.report import save_figures, summary, write
+    from minillm.training.run import load_run
+
     click.echo(summary(result))
     if result.checkpoint is None:
         click.echo("Interrupted before the first step; the same command begins anew")
-        raise SystemExit(130)
+        return
     model, tokenizer = load_run(folder, device="cpu")
     if figures:
         for path in save_figures(folder, result, model, tokenizer):
             click.echo(f"saved {path}")
     if result.interrupted:
         click.echo(f"Interrupted at step {result.step}; the same command goes on from {result.checkpoint}")
-        raise SystemExit(130)
+        return
     click.echo(f'\nA sample (more: minillm sample {folder} --prompt "..."):\n')
     for piece in write(model, tokenizer, "The", max_new_tokens=120, temperature=0.5, seed=0):
         click.echo(piece, nl=False)

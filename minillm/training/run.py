@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from minillm.data import TokenDataset, load_corpus
 from minillm.models import Transformer, TransformerConfig
@@ -26,6 +27,7 @@ from minillm.training.checkpoint import load_checkpoint
 from minillm.training.config import TrainingConfig
 from minillm.training.integrity import fsync
 from minillm.training.lock import exclusive
+from minillm.training.parallel import ParallelPlan
 from minillm.training.precision import resolve_device
 from minillm.training.result import TrainingResult
 from minillm.training.run_settings import FILE_NAME, complete_settings, read_settings, require_same, write_settings
@@ -45,6 +47,7 @@ def train_run(
     training: dict[str, Any] | None = None,
     resume: bool = True,
     progress: bool = True,
+    parallel: ParallelPlan | None = None,
     on_evaluate: Callable[[Trainer, dict[str, Any]], None] | None = None,
 ) -> TrainingResult:
     """Train a byte-level BPE tokenizer and a `Transformer` on a corpus, in a folder; or go on with a run that is there.
@@ -60,6 +63,8 @@ def train_run(
         training: the fields of `TrainingConfig`.
         resume: False refuses a folder that holds a run.
         progress: show the trainer's bar.
+        parallel: how the work is spread over ranks, each of which calls this with the same arguments; a run may be gone
+            on with under another plan. The first rank prepares the folder and writes.
         on_evaluate: as `Trainer` takes it.
 
     Returns:
@@ -68,31 +73,40 @@ def train_run(
     Raises:
         FileExistsError: there is a run in the folder and `resume` is False; or there is no run, and a file that the run
             would write over.
-        RuntimeError: another process is training into the folder.
+        RuntimeError: another process is training into the folder; there are not as many ranks as the plan has.
         ValueError: a setting that does not exist or is out of range, or one that differs from that of the run in the
             folder (all but those of `training` are fixed once and for all).
     """
-    folder = Path(folder)
+    folder, plan = Path(folder), parallel or ParallelPlan()
     settings = complete_settings(corpus, tokenizer, data, model, training)
-    made = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
+    plan.check_ranks()
+    first = plan.dp == 1 or dist.get_rank() == 0
     # Held from the first look on: two that begin in one folder would write over each other's tokenizer and settings.
-    with exclusive(folder), _removed_if_empty(folder, made):
-        if (folder / FILE_NAME).exists():
+    with _held(folder) if first else contextlib.nullcontext():
+        if first and (folder / FILE_NAME).exists():
             if not resume:
                 raise FileExistsError(f"{folder} holds a run already; resume it, or name another folder")
             require_same(folder, settings, read_settings(folder))
-        else:
+        elif first:
             _prepare(folder, corpus, settings)
+        if plan.dp > 1:
+            dist.barrier()
         bpe, model_config, train_data, validation = _open(folder, settings)
-        # Only now: what stands here is known to fit together, and an unfinished preparation is begun anew.
-        write_settings(folder, settings)
-        (folder / _PREPARING).unlink(missing_ok=True)
+        if first:  # Only now: what stands here is known to fit together, and an unfinished preparation is begun anew.
+            write_settings(folder, settings)
+            (folder / _PREPARING).unlink(missing_ok=True)
         config = TrainingConfig.from_dict(settings["training"])
         torch.manual_seed(config.seed)
         transformer = Transformer(model_config)
         trainer = Trainer(
-            transformer, train_data, validation, config, folder=folder, progress=progress, on_evaluate=on_evaluate
+            transformer,
+            train_data,
+            validation,
+            config,
+            folder=folder,
+            progress=progress,
+            parallel=plan,
+            on_evaluate=on_evaluate,
         )
         result = trainer.train(locked=True)
     return dataclasses.replace(
@@ -192,10 +206,13 @@ def _discard_preparation(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _removed_if_empty(folder: Path, made: bool) -> Iterator[None]:
-    """After an error, remove a folder that was made for this and is as empty as it was."""
+def _held(folder: Path) -> Iterator[None]:
+    """Make the folder and hold it; after an error, remove it if it was made for this and is as empty as it was."""
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
     try:
-        yield
+        with exclusive(folder):
+            yield
     except BaseException:
         if made:
             with contextlib.suppress(OSError):  # not empty
