@@ -30,6 +30,7 @@ from minillm.distributed.simulator import (
     simulate_ranks,
     start,
 )
+from minillm.distributed.startup import Started, StartupError, initialize
 from minillm.distributed.traffic import Traffic, TrafficEvent, count_traffic
 from minillm.distributed.zero import Zero
 from minillm.distributed.zero_mics import mics_groups
@@ -49,6 +50,8 @@ __all__ = [
     "RankError",
     "Simulation",
     "Span",
+    "Started",
+    "StartupError",
     "Traffic",
     "TrafficEvent",
     "Zero",
@@ -59,6 +62,7 @@ __all__ = [
     "compute",
     "count_traffic",
     "init_mesh",
+    "initialize",
     "is_simulated",
     "measure_memory",
     "mics_groups",

@@ -1,6 +1,9 @@
 """What can go wrong with many ranks: one vocabulary for simulated ranks and for real processes."""
 
 import traceback
+from collections.abc import Sequence
+
+_LOST_PEER = ("closed by peer", "reset by peer", "Broken pipe", "remote process exited")  # gloo's words, and NCCL's
 
 
 class RankError(RuntimeError):
@@ -41,3 +44,15 @@ class DeadlockError(RuntimeError):
 
 class MismatchError(RuntimeError):
     """Ranks of one group met in different operations, or in one with different shapes, dtypes or roots."""
+
+
+def lost_peer(message: str) -> bool:
+    """Whether an error says no more than that another rank's process is gone."""
+    return any(sign in message for sign in _LOST_PEER)
+
+
+def named_ranks(ranks: Sequence[int]) -> str:
+    """In words: "rank 3", "ranks 0 and 2", "ranks 1, 2 and 5"."""
+    if len(ranks) == 1:
+        return f"rank {ranks[0]}"
+    return f"ranks {', '.join(map(str, ranks[:-1]))} and {ranks[-1]}"

@@ -21,14 +21,13 @@ import torch
 import torch._dynamo  # optimizers and DDP import it at first use: once here, and not for seconds in every rank
 import torch.distributed as dist
 
-from minillm.distributed.errors import RankError
+from minillm.distributed.errors import RankError, lost_peer, named_ranks
 from minillm.distributed.process_entry import Place, dumps, loads, run_rank
 
 _BACKENDS = ("gloo", "nccl", "cpu:gloo,cuda:nccl")
 _LOOK_AGAIN = 0.2  # seconds; a death that no closing pipe tells of, because the rank's own children hold it open
 _FIRST_CAUSE = 1.0  # seconds to wait for the failure that made a peer say "connection closed"
 _ANSWER = 2.0  # seconds in which a rank must say where it stands
-_LOST_PEER = ("closed by peer", "reset by peer", "Broken pipe", "remote process exited")
 
 
 def run_ranks(
@@ -185,7 +184,7 @@ def _results(ranks: Sequence[_Rank], deadline: float, timeout: float) -> list[An
 
 
 def _lost_peer(rank: _Rank) -> bool:
-    return rank.failure is not None and any(sign in rank.failure.message for sign in _LOST_PEER)
+    return rank.failure is not None and lost_peer(rank.failure.message)
 
 
 def _precedence(rank: _Rank) -> tuple[bool, bool, int]:
@@ -198,7 +197,9 @@ def _first_failure(rank: _Rank, ranks: Sequence[_Rank]) -> RankError:
     assert rank.failure is not None
     returned = [other.number for other in ranks if other.result is not None]
     if _lost_peer(rank) and returned:
-        rank.failure.message += f"\n{_named(returned)} had returned by then: does every rank call the same collectives?"
+        rank.failure.message += (
+            f"\n{named_ranks(returned)} had returned by then: does every rank call the same collectives?"
+        )
     return rank.failure
 
 
@@ -215,15 +216,10 @@ def _where_they_stand(ranks: Sequence[_Rank], timeout: float) -> str:
     for rank in late:
         where = rank.where or "  no answer: it is stopped, or in a call that does not let Python run"
         places.setdefault(where, []).append(rank.number)
-    said = f"{_named([rank.number for rank in late])} of {len(ranks)} had not finished after {timeout:g} s."
-    return said + "".join(f"\n\n{_named(numbers)} stood here:\n{place.rstrip()}" for place, numbers in places.items())
-
-
-def _named(numbers: Sequence[int]) -> str:
-    """rank 3; ranks 0 and 2; ranks 1, 2 and 5."""
-    if len(numbers) == 1:
-        return f"rank {numbers[0]}"
-    return f"ranks {', '.join(map(str, numbers[:-1]))} and {numbers[-1]}"
+    said = f"{named_ranks([rank.number for rank in late])} of {len(ranks)} had not finished after {timeout:g} s."
+    return said + "".join(
+        f"\n\n{named_ranks(numbers)} stood here:\n{place.rstrip()}" for place, numbers in places.items()
+    )
 
 
 def _death(exit_code: int) -> str:
