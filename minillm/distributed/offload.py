@@ -52,7 +52,8 @@ class Offload:
     rest of backward (section 4.1). `step` updates bucket by bucket: while one is updated, the one before goes back to
     the device. A step uses its gradients up: `zero_grad` is needed only to forget gradients without a step. Gradients
     of several backward passes before a step add up on the host; inside of `no_sync` they add up on the device instead,
-    which saves traffic and costs 2 Psi there. A parameter that no rank's backward has reached is left as it is.
+    which saves traffic and costs 2 Psi there. A parameter that no rank's backward has reached is left as it is. What is
+    written to a parameter by hand lasts until its next update: the master weights count.
 
     Over the n ranks of a group (section 4.2) each bucket is reduce-scattered before it leaves the device, as in ZeRO's
     stage 2. A rank's host holds and updates the n-th part, and the new parameters are gathered on the devices.
@@ -247,6 +248,7 @@ class Offload:
         """
         self._updates.forget()
         self.zero_grad()
+        self.link.synchronize()  # the host's buffers are about to be written to
         self._state.load(state)
         own = state.get("offload", {"steps": self.steps, "shown": None})
         self.steps = own["steps"]

@@ -102,8 +102,7 @@ class OffloadBucket:
         flat.master, flat.segments = flat.shard, []  # the device's copy of it goes
         self.pieces: list[Piece] = flat.pieces()
         self.weights = [self.master[piece.in_part] for piece in self.pieces]
-        self.optimizer = copy.copy(optimizer)
-        self.optimizer.state = defaultdict(dict)
+        self.optimizer = _twin(optimizer)
         self._group_numbers = sorted({piece.place.group for piece in self.pieces if piece.place.group is not None})
         self.optimizer.param_groups = [{"params": self._owned(number)} for number in self._group_numbers]
         self.set_hyperparameters(optimizer.param_groups)
@@ -213,7 +212,7 @@ class OffloadBucket:
             self.optimizer.step(gradients=parts, copies=parts)
         else:
             for weight, part in parts.items():
-                weight.grad = part.to(weight.dtype, copy=True)
+                weight.grad = part.to(weight.dtype)
             self.optimizer.step()
             for weight, part in parts.items():
                 weight.grad = None
@@ -232,3 +231,13 @@ class OffloadBucket:
         given = self.swap()
         given.buffer.copy_(self.master)
         return given
+
+
+def _twin(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """An optimizer of the same kind and settings, without parameters, state, hooks and schedules."""
+    twin = copy.copy(optimizer)  # knows nothing but groups, state and defaults
+    for name, value in vars(optimizer).items():
+        if name != "step":  # which a schedule may have wrapped
+            twin.__dict__.setdefault(name, value)
+    twin.state, twin.param_groups = defaultdict(dict), []
+    return twin

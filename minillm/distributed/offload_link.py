@@ -20,8 +20,10 @@ Direction = Literal["to host", "to device"]
 class Copy:
     """A copy that may still be under way; it keeps what it reads alive until somebody has waited for it."""
 
-    def __init__(self, held: tuple[Tensor, ...], event: torch.cuda.Event | None, pending: Pending) -> None:
-        self._held = held
+    def __init__(
+        self, held: tuple[Tensor, ...], device: torch.device, event: torch.cuda.Event | None, pending: Pending
+    ) -> None:
+        self._held, self._device = held, device
         self._event, self._pending = event, pending
 
     @property
@@ -39,7 +41,7 @@ class Copy:
     def wait_on_device(self) -> None:
         """Hold the device's current stream until it is done; the host goes on."""
         if self._event is not None:
-            torch.cuda.current_stream().wait_event(self._event)
+            torch.cuda.current_stream(self._device).wait_event(self._event)
         self._pending.wait()
         self._held = ()
 
@@ -73,6 +75,11 @@ class Link:
         """(size,) on the host, pinned where the device is a GPU: only from there can it copy while the host goes on."""
         return torch.empty(size, dtype=dtype, pin_memory=bool(self._streams))
 
+    def synchronize(self) -> None:
+        """Hold the host until every copy is done."""
+        for stream in self._streams.values():
+            stream.synchronize()
+
     def copy(
         self, target: Tensor, source: Tensor, direction: Direction, name: str, *, keep: Tensor | None = None
     ) -> Copy:
@@ -95,4 +102,4 @@ class Link:
         else:
             target.copy_(source)
         held = (source,) if keep is None else (source, keep)
-        return Copy(held, event, start(source.nbytes / self.bandwidth, name=name, lane=direction))
+        return Copy(held, self.device, event, start(source.nbytes / self.bandwidth, name=name, lane=direction))

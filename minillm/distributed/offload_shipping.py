@@ -6,8 +6,10 @@ host (one may be on its way). So the device holds one bucket that fills and at m
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,7 +23,7 @@ from minillm.distributed.zero_mics import Ranks
 
 
 class GradientShipping:
-    """Hooks on the parameters of buckets.
+    """Hooks on the parameters of buckets; they do not keep this object alive, and go with it.
 
     Args:
         buckets: in the order in which backward is expected to fill them; with several ranks the order of sending.
@@ -39,10 +41,13 @@ class GradientShipping:
         self._turn = 0  # the bucket to send next, where all ranks send in one order
         self._reducing: tuple[OffloadBucket, dist.Work, Tensor, Tensor] | None = None
         self._travelling: OffloadBucket | None = None
-        for bucket in self.buckets:
+        me, handles = weakref.ref(self), []
+        for number, bucket in enumerate(self.buckets):
             for index, piece in enumerate(bucket.pieces):
-                hook = partial(self._take, bucket, index)
-                piece.place.parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+                hook = partial(_take, me, number, index)
+                parameter = piece.place.parameter
+                handles.append(parameter.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
+        weakref.finalize(self, _remove, handles).atexit = False
 
     @property
     def device_bytes(self) -> int:
@@ -50,7 +55,8 @@ class GradientShipping:
         reducing = 0 if self._reducing is None else self._reducing[2].nbytes + self._reducing[3].nbytes
         return reducing + sum(bucket.device_gradient_bytes for bucket in self.buckets)
 
-    def _take(self, bucket: OffloadBucket, index: int, parameter: Tensor) -> None:
+    def take(self, bucket: OffloadBucket, index: int) -> None:
+        """The backward has added to a parameter's `grad` all that it will."""
         if torch.is_grad_enabled():
             raise RuntimeError("Offload cannot send gradients that are part of a graph: backward(create_graph=True)")
         if not self.sync:
@@ -155,3 +161,14 @@ class GradientShipping:
             bucket.discard()
             for piece in bucket.pieces:
                 piece.place.parameter.grad = None
+
+
+def _take(shipping: weakref.ref[GradientShipping], number: int, index: int, _: Tensor) -> None:
+    owner = shipping()
+    if owner is not None:
+        owner.take(owner.buckets[number], index)
+
+
+def _remove(handles: list[Any]) -> None:
+    for handle in handles:
+        handle.remove()
