@@ -308,7 +308,8 @@ def _plain(tensor: Tensor) -> list[Tensor]:
     """The tensors that hold the numbers of this one: of a DTensor, its local part."""
     if type(tensor) in (Tensor, nn.Parameter) or not hasattr(tensor, "__tensor_flatten__"):
         return [tensor]
-    return [plain for name in tensor.__tensor_flatten__()[0] for plain in _plain(getattr(tensor, name))]
+    parts = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]  # of a DTensor also its mesh
+    return [plain for part in parts if isinstance(part, Tensor) for plain in _plain(part)]
 
 
 def _by_kind(records: Iterable[tuple[_Record, int]]) -> dict[str, int]:
