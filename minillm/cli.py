@@ -3,6 +3,7 @@
 What a command needs is imported inside it, so that `minillm --help` does not wait for torch.
 """
 
+import os
 import sys
 import warnings
 from contextlib import nullcontext
@@ -97,6 +98,9 @@ def train(
         plan = ParallelPlan(dp, zero, engine)
     except (ValueError, TypeError, OSError) as error:
         raise click.UsageError(str(error)) from error
+    if plan.dp > 1 and "RANK" not in os.environ:
+        start = f"torchrun --standalone --nproc-per-node {plan.dp} -m minillm train --dp {plan.dp} ..."
+        raise click.UsageError(f"--dp {plan.dp} needs {plan.dp} ranks, which torchrun starts: {start}")
     folder = out or Path("runs", Path(preset).stem)
     corpus = settings["data"].pop("corpus", "python-docs")
     backend = "nccl" if place.type == "cuda" else "gloo"

@@ -68,7 +68,7 @@ class ParallelPlan:
         if n_ranks != self.dp:
             raise RuntimeError(
                 f"dp={self.dp} needs {self.dp} ranks, and there {'is 1' if n_ranks == 1 else f'are {n_ranks}'}: "
-                f"torchrun --nproc-per-node {self.dp} -m minillm train --dp {self.dp} ..."
+                f"torchrun --standalone --nproc-per-node {self.dp} ..."
             )
 
 

@@ -251,7 +251,7 @@ def test_a_plan_that_cannot_be_is_refused(arguments: dict[str, Any], error: type
 
 def test_a_plan_without_its_ranks_is_refused_with_the_command() -> None:
     with pytest.raises(
-        RuntimeError, match=r"dp=4 needs 4 ranks, and there is 1: torchrun --nproc-per-node 4 -m minillm"
+        RuntimeError, match=r"dp=4 needs 4 ranks, and there is 1: torchrun --standalone --nproc-per-node 4"
     ):
         Trainer(make_model(), Rows(), None, make_config(), parallel=ParallelPlan(4))
 
