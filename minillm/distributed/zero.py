@@ -196,7 +196,7 @@ class Zero:
             with annotate("norm of the gradients"):
                 dist.all_reduce(square, group=self.ranks.partition)
         norm = square.sqrt()
-        if max_norm != float("inf"):
+        if reduced and max_norm != float("inf"):
             torch._foreach_mul_(reduced, torch.clamp(max_norm / (norm + 1e-6), max=1.0))
         return norm
 
@@ -264,6 +264,17 @@ class Zero:
                 for place in bucket.flat.places:
                     found[place.name] = full[place.start : place.stop].view(place.shape).clone()
         return found
+
+    def tensors_by_kind(self) -> dict[str, list[Tensor]]:
+        """What this rank holds, for :func:`minillm.distributed.measure_memory`; master copies are optimizer state."""
+        masters = [flat.master for flat in self._flats if flat.master is not flat.shard]
+        states = self._optimizer.optimizer.state.values()
+        learnt = [value for state in states for value in state.values() if isinstance(value, Tensor)]
+        return {
+            "parameters": [tensor for flat in self._flats for tensor in (flat.full, flat.shard)],
+            "gradients": [tensor for bucket in self._reducer.buckets for tensor in bucket.held()],
+            "optimizer state": [*masters, *learnt],
+        }
 
     def state_dict(self, *, full: bool = True, everywhere: bool = False) -> dict[str, Any]:
         """The parameters and the optimizer's state; all ranks must call this.

@@ -128,6 +128,11 @@ class FlatGradients:
             self.reduced = self.partial if self.reduced is None else self.reduced.add_(self.partial)
             self.partial = None
 
+    def held(self) -> list[Tensor]:
+        """The tensors that now hold gradients."""
+        moving = None if self._moving is None else self._moving[1]
+        return [tensor for tensor in (self.own, moving, self.partial, self.reduced) if tensor is not None]
+
     def clear(self) -> None:
         """Forget every gradient. The buffer of stage 1 stays: the next pass needs one of that size again."""
         self._written, self.arrived = [False] * len(self._views), 0
