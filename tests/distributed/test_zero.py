@@ -98,8 +98,8 @@ def zero_ranks(kind: str, stage: int, settings: dict[str, Any], steps: int) -> t
 @pytest.mark.parametrize(
     ("stage", "settings", "numbers_of_ranks"),
     [
-        (1, {"bucket_bytes": 4000}, (1, 2, 3, 4)),
-        (2, {"bucket_bytes": 4000}, (1, 2, 3, 4)),
+        (1, {"bucket_bytes": 12000}, (1, 2, 3, 4)),
+        (2, {"bucket_bytes": 12000}, (1, 2, 3, 4)),
         (3, {}, (1, 2, 3, 4)),
         (1, {}, (3,)),
         (3, {"reshard_after_forward": False}, (3,)),
@@ -118,7 +118,7 @@ def test_twenty_steps_are_those_of_one_process(
 def test_real_processes_agree() -> None:
     for stage in (1, 3):
         expected, expected_norms = one_process("sgd", 3, 4)
-        for found, norms in run_ranks(zero_ranks, 3, "sgd", stage, {"bucket_bytes": 4000}, 4):
+        for found, norms in run_ranks(zero_ranks, 3, "sgd", stage, {"bucket_bytes": 12000}, 4):
             torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
             assert norms == pytest.approx(expected_norms, rel=1e-9)
 
@@ -263,7 +263,7 @@ def test_passes_that_all_synchronise_add_up(stage: int) -> None:
 
     def ranks() -> bool:
         model, plain = small_transformer(), small_transformer()
-        zero = Zero(model, torch.optim.SGD(model.parameters(), lr=0.1), stage=stage, bucket_bytes=4000)
+        zero = Zero(model, torch.optim.SGD(model.parameters(), lr=0.1), stage=stage, bucket_bytes=12000)
         for micro, sync in enumerate((True, True, False, False, True, False)):
             with nullcontext() if sync else zero.no_sync():
                 share_of_loss(model, *batch(0, micro, dist.get_rank()), 10).backward()
