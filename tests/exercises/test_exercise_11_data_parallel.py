@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from minillm.distributed import simulate_ranks
+from minillm.distributed import run_ranks, simulate_ranks
 from minillm.exercises.folder import find_exercise
 from minillm.exercises.testing import ExerciseTests, solution_names
 
@@ -382,6 +382,42 @@ def who_waits(programs):
                 copy="parameters[i].grad = flat[begin : begin + grad.numel()].view_as(grad)",
             ),
         ),
+        "into buffers that are kept, gradient by gradient, with counters": (
+            "11.7",
+            """
+def reduce_early(parameters, buckets):
+    flats = [torch.empty(sum(parameters[i].numel() for i in b), dtype=parameters[b[0]].dtype) for b in buckets]
+    places = {}
+    for k, bucket in enumerate(buckets):
+        start = 0
+        for i in bucket:
+            places[i] = flats[k][start : start + parameters[i].numel()].view(parameters[i].shape)
+            start += parameters[i].numel()
+    left, works = [len(b) for b in buckets], []
+
+    def make(k, i):
+        def hook(parameter):
+            places[i].copy_(parameter.grad)
+            left[k] -= 1
+            for flat, missing in list(zip(flats, left))[len(works):]:
+                if missing:
+                    break
+                works.append(dist.all_reduce(flat, async_op=True))
+        return hook
+
+    for k, bucket in enumerate(buckets):
+        for i in bucket:
+            parameters[i].register_post_accumulate_grad_hook(make(k, i))
+
+    def finish():
+        while works:
+            works.pop(0).wait()
+        for i, place in places.items():
+            parameters[i].grad = place / dist.get_world_size()
+        left[:] = map(len, buckets)
+    return finish
+""",
+        ),
         "divided before it is sent": (
             "11.7",
             starting(
@@ -461,9 +497,15 @@ def global_gradients(model, micro_batches):
                 shifting(messages="dist.isend(tensor, (rank + step) % n); dist.irecv(received, (rank - step) % n)"),
                 "wait() for all that is sent and all that is received",
             ),
-            "only the send waited for": (
-                shifting(messages="dist.irecv(received, (rank - step) % n); dist.isend(tensor, (rank + step) % n)"),
-                "wait() for all",
+            "the receive not waited for": (
+                shifting(
+                    messages="dist.irecv(received, (rank - step) % n); dist.isend(tensor, (rank + step) % n).wait()"
+                ),
+                "did it use what had not come yet?",
+            ),
+            "the send not waited for": (
+                shifting(messages="dist.isend(tensor, (rank + step) % n); dist.recv(received, (rank - step) % n)"),
+                "wait() for all that is sent and all that is received",
             ),
             "no modulo": (
                 shifting(messages=SHIFTED["messages"].replace("(rank + step) % n", "rank + step")),
@@ -703,6 +745,14 @@ def ring_reduce_scatter(flat):
                 ),
                 "rank",
             ),
+            "the receive not waited for": (
+                scattering(messages="dist.irecv(coming, (rank - 1) % n); dist.isend(carried, (rank + 1) % n).wait()"),
+                "returns while its message from rank 2 is still under way",
+            ),
+            "the send not waited for": (
+                scattering(messages="dist.isend(carried, (rank + 1) % n); dist.recv(coming, (rank - 1) % n)"),
+                "0 and 1 are close: rank 2 returns while its message to rank 0 is still under way",
+            ),
             "sent and changed before the wait": (
                 scattering(
                     messages="work = dist.isend(carried, (rank + 1) % n); carried.zero_(); "
@@ -801,6 +851,14 @@ def ring_reduce_scatter(flat):
             "not waited for": (
                 gathering(messages=GATHERED["messages"].replace("[work.wait() for work in works]", "pass")),
                 "wait() for all",
+            ),
+            "the receive not waited for": (
+                gathering(messages=GATHERED["messages"].replace("[work.wait() for work in works]", "works[0].wait()")),
+                "wait() for",
+            ),
+            "the send not waited for": (
+                gathering(messages=GATHERED["messages"].replace("[work.wait() for work in works]", "works[1].wait()")),
+                "0 and 1 are close: rank 2 returns while its message to rank 0 is still under way",
             ),
             "float32": (
                 gathering(gathered="torch.empty(n_elements)"),
@@ -995,6 +1053,16 @@ def make_buckets(parameters, max_bytes):
             "a view for one tensor": (
                 bucketing(pack="torch.cat([t.flatten() for t in tensors]).sort().values"),
                 "one tensor after the other",
+            ),
+            "one tensor not copied": (
+                bucketing(
+                    pack="tensors[0].reshape(-1) if len(tensors) == 1 else torch.cat([t.flatten() for t in tensors])"
+                ),
+                "what pack returns is a view",
+            ),
+            "torch's own": (
+                bucketing(pack="torch._utils._flatten_dense_tensors(tensors)"),
+                "uses torch._utils._flatten_dense_tensors",
             ),
             "unpacked into new tensors": (
                 bucketing(copy="tensor = part.view(tensor.shape)"),
@@ -1205,6 +1273,19 @@ def test_the_ring_is_torchs_all_reduce(solution, n, n_elements, seed):
         assert torch.equal(ours, theirs)
 
 
+def test_the_answers_work_in_real_processes(solution):
+    buffers = torch.randint(-9, 9, (3, 5), generator=torch.Generator().manual_seed(1)).double()
+
+    def main():
+        mine = buffers[dist.get_rank()]
+        return solution["shift"](mine, -1), solution["ring_all_reduce"](mine), solution["ring_all_reduce"](mine[:2])
+
+    for rank, (shifted, total, fewer_than_ranks) in enumerate(run_ranks(main, 3)):
+        assert torch.equal(shifted, buffers[(rank + 1) % 3])
+        assert torch.equal(total, buffers.sum(0))
+        assert torch.equal(fewer_than_ranks, buffers.sum(0)[:2])
+
+
 def test_the_hooks_and_the_counts_give_what_one_process_gives(solution):
     generator = torch.Generator().manual_seed(3)
     batches = [
@@ -1223,6 +1304,6 @@ def test_the_hooks_and_the_counts_give_what_one_process_gives(solution):
         solution["global_gradients"](counted, [batches[dist.get_rank()]])
         return [p.grad for p in early.parameters()], [p.grad for p in counted.parameters()]
 
-    for both in simulate_ranks(main, 2).results:
+    for both in (*simulate_ranks(main, 2).results, *run_ranks(main, 2)):
         for gradients in both:
             torch.testing.assert_close(gradients, [p.grad for p in exact.parameters()])
