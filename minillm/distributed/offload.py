@@ -145,12 +145,24 @@ class Offload:
     @property
     def device_bytes(self) -> int:
         """Bytes of trained parameters, and of gradients in buckets, that are on the device now."""
-        return sum(b.flat.full.nbytes for b in self.buckets) + self._shipping.device_bytes
+        gradients = sum(tensor.nbytes for tensor in self._shipping.gradients_on_device())
+        return gradients + sum(bucket.flat.full.nbytes for bucket in self.buckets)
 
     @property
     def host_bytes(self) -> int:
-        """Bytes of this rank's master weights, optimizer state and gradients on the host."""
-        return self._updates.host_bytes + sum(bucket.host_bytes for bucket in self.buckets)
+        """Bytes of this rank's master weights, optimizer state (but for single numbers) and gradients on the host."""
+        state = [tensor for bucket in self.buckets for tensor in bucket.optimizer_state()]
+        return sum(tensor.nbytes for tensor in (*state, *self._gradients_on_host()))
+
+    def _gradients_on_host(self) -> list[Tensor]:
+        return self._updates.buffers() + [tensor for bucket in self.buckets for tensor in bucket.gradients_on_host()]
+
+    def tensors_by_kind(self) -> dict[str, list[Tensor]]:
+        """What :func:`minillm.distributed.measure_memory` asks for, on the device and on the host."""
+        return {
+            "gradients": [*self._shipping.gradients_on_device(), *self._gradients_on_host()],
+            "optimizer state": [tensor for bucket in self.buckets for tensor in bucket.optimizer_state()],
+        }
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:

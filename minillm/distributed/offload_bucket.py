@@ -37,9 +37,9 @@ class HostGradient:
         self.holds = False
 
     @property
-    def device_bytes(self) -> int:
-        """Bytes on the device that are kept until they have been copied."""
-        return sum(arrival.held_bytes for arrival, _ in self._arriving)
+    def held(self) -> list[Tensor]:
+        """What is kept on the device until it has been copied."""
+        return [tensor for arrival, _ in self._arriving for tensor in arrival.held]
 
     def receive(self, part: Tensor, keep: Tensor, name: str) -> None:
         """Begin to copy a part of a bucket to the host; what comes after the first is added to it there.
@@ -125,22 +125,18 @@ class OffloadBucket:
                 if key != "params":
                     own[key] = value.clone() if isinstance(value, Tensor) else value
 
-    @property
-    def device_gradient_bytes(self) -> int:
-        """Bytes of gradients on the device: those that gather, and those that are being copied."""
-        return self.gradient.device_bytes + (0 if self._filling is None else self._filling.nbytes)
+    def gradients_on_device(self) -> list[Tensor]:
+        """The buffer that gradients gather in, and what is kept until it has been copied."""
+        return [*self.gradient.held, *([] if self._filling is None else [self._filling])]
 
-    @property
-    def host_bytes(self) -> int:
-        """Bytes of master weights, optimizer state (its few single numbers left out) and gradients on the host."""
-        state = [
-            value
-            for weight in self.weights
-            for value in self.optimizer.state.get(weight, {}).values()
-            if isinstance(value, Tensor) and value.dim() > 0
-        ]
-        buffers = [gradient.buffer for gradient in (self.gradient, self.spare) if gradient is not None]
-        return sum(tensor.nbytes for tensor in (self.master, *state, *buffers))
+    def gradients_on_host(self) -> list[Tensor]:
+        """The buffers of the step that is under way, and of the next."""
+        return [self.gradient.buffer, *([] if self.spare is None else [self.spare.buffer])]
+
+    def optimizer_state(self) -> list[Tensor]:
+        """Master weights and what the optimizer has learnt about them, single numbers left out."""
+        states = [value for weight in self.weights for value in self.optimizer.state.get(weight, {}).values()]
+        return [self.master, *(value for value in states if isinstance(value, Tensor) and value.dim() > 0)]
 
     @property
     def complete(self) -> bool:

@@ -18,32 +18,31 @@ Direction = Literal["to host", "to device"]
 
 
 class Copy:
-    """A copy that may still be under way; it keeps what it reads alive until somebody has waited for it."""
+    """A copy that may still be under way.
+
+    Attributes:
+        held: the tensors that it keeps alive until somebody has waited for it.
+    """
 
     def __init__(
         self, held: tuple[Tensor, ...], device: torch.device, event: torch.cuda.Event | None, pending: Pending
     ) -> None:
-        self._held, self._device = held, device
+        self.held, self._device = held, device
         self._event, self._pending = event, pending
-
-    @property
-    def held_bytes(self) -> int:
-        """Bytes that are kept alive for it."""
-        return sum(tensor.nbytes for tensor in {tensor.data_ptr(): tensor for tensor in self._held}.values())
 
     def wait(self) -> None:
         """Hold the host until it is done."""
         if self._event is not None:
             self._event.synchronize()
         self._pending.wait()
-        self._held = ()
+        self.held = ()
 
     def wait_on_device(self) -> None:
         """Hold the device's current stream until it is done; the host goes on."""
         if self._event is not None:
             torch.cuda.current_stream(self._device).wait_event(self._event)
         self._pending.wait()
-        self._held = ()
+        self.held = ()
 
 
 class Link:
@@ -101,5 +100,5 @@ class Link:
                 event = stream.record_event()
         else:
             target.copy_(source)
-        held = (source,) if keep is None else (source, keep)
+        held = (source,) if keep is None or keep is source else (source, keep)
         return Copy(held, self.device, event, start(source.nbytes / self.bandwidth, name=name, lane=direction))

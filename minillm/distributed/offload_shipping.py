@@ -49,11 +49,10 @@ class GradientShipping:
                 handles.append(parameter.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
         weakref.finalize(self, _remove, handles).atexit = False
 
-    @property
-    def device_bytes(self) -> int:
-        """Bytes of gradients in buckets on the device now."""
-        reducing = 0 if self._reducing is None else self._reducing[2].nbytes + self._reducing[3].nbytes
-        return reducing + sum(bucket.device_gradient_bytes for bucket in self.buckets)
+    def gradients_on_device(self) -> list[Tensor]:
+        """The buffers of gradients that are on the device now."""
+        reducing = [] if self._reducing is None else [*self._reducing[2:]]
+        return reducing + [tensor for bucket in self.buckets for tensor in bucket.gradients_on_device()]
 
     def take(self, bucket: OffloadBucket, index: int) -> None:
         """The backward has added to a parameter's `grad` all that it will."""

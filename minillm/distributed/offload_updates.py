@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from minillm.distributed.labels import annotate
 from minillm.distributed.offload_bucket import HostGradient, OffloadBucket
@@ -49,10 +50,9 @@ class HostUpdates:
         self.beside: list[Update] | None = None
         self._thread: Future[Any] | None = None
 
-    @property
-    def host_bytes(self) -> int:
-        """Bytes of gradients that a delayed update reads, or of parameters that it has left."""
-        return sum(update.new.buffer.nbytes for update in self.beside or [])
+    def buffers(self) -> list[Tensor]:
+        """The gradients that a delayed update reads, and the parameters that it has left in their place."""
+        return [update.new.buffer for update in self.beside or []]
 
     def wait(self) -> None:
         """Hold the host until a delayed update is done; raises what that raised."""
