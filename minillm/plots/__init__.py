@@ -6,9 +6,11 @@ from minillm.plots.curves import loss_curve
 from minillm.plots.expert_preferences import preference_map, routing_map
 from minillm.plots.experts import expert_load, expert_load_over_time
 from minillm.plots.patterns import pattern_grid
+from minillm.plots.ring import ring_steps
 from minillm.plots.roofline import roofline
 from minillm.plots.style import COLOURS, save, visible
 from minillm.plots.tiles import tile_order
+from minillm.plots.timeline import timeline
 from minillm.plots.tokens import token_strip
 
 __all__ = [
@@ -22,10 +24,12 @@ __all__ = [
     "memory_bars",
     "pattern_grid",
     "preference_map",
+    "ring_steps",
     "roofline",
     "routing_map",
     "save",
     "tile_order",
+    "timeline",
     "token_strip",
     "visible",
 ]
