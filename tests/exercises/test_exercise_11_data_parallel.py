@@ -1117,6 +1117,14 @@ def reduce_early(parameters, buckets):
             ),
             "never waited for": (starting(wait="pass"), "wait() for all"),
             "the sum": (starting(copy="grad.copy_(flat[begin : begin + grad.numel()].view_as(grad))"), ", the sum"),
+            "divided by two": (
+                starting(copy="grad.copy_(flat[begin : begin + grad.numel()].view_as(grad) / 2)"),
+                "three layers on three ranks, rank 1 at half speed: rank 0's gradient",
+            ),
+            "one bucket a hook": (
+                starting(when="len(started) < len(buckets) and not missing[len(started)] and start(len(started))"),
+                "all ranks must call it equally often",
+            ),
             "divided twice": (
                 starting(before="flat /= dist.get_world_size()"),
                 "the mean divided by the ranks again",
