@@ -126,7 +126,7 @@ class ParameterServer:
         self._n_pushes += 1
         messages = [
             (part.pack([torch.zeros_like(p) if p.grad is None else p.grad for p in part.tensors]), server)
-            for part, server in self._beginning_elsewhere()
+            for part, server in zip(self._parts, self.servers, strict=True)
         ]
         with annotate(f"push {self._n_pushes}"):
             self._sent = list(zip(self._start(dist.isend, messages), messages, strict=True))
@@ -140,12 +140,11 @@ class ParameterServer:
         """
         if not self._sent:
             raise RuntimeError("pull() is for workers, each after push()")
-        parts = self._beginning_elsewhere()
-        answers = [(part.buffer(), server) for part, server in parts]
+        answers = [(part.buffer(), server) for part, server in zip(self._parts, self.servers, strict=True)]
         for work in [*(work for work, _ in self._sent), *self._start(dist.irecv, answers)]:
             work.wait()
         self._sent = []
-        for (part, _), (answer, _) in zip(parts, answers, strict=True):
+        for part, (answer, _) in zip(self._parts, answers, strict=True):
             for parameter, values in zip(part.tensors, part.views(answer), strict=True):
                 parameter.copy_(values)
 
@@ -222,8 +221,7 @@ class ParameterServer:
     def _step(self, part: Part, gradients: Sequence[Tensor]) -> None:
         for parameter, gradient in zip(part.tensors, gradients, strict=True):
             parameter.grad = gradient
-        with torch.enable_grad():
-            self.optimizer.step()
+        self.optimizer.step()
 
     def _start(self, op: Callable[..., object], messages: Sequence[tuple[Tensor, int]]) -> list[dist.Work]:
         """Send (or receive, by `op`) each of these, to or from its rank of the default group."""
@@ -233,12 +231,6 @@ class ParameterServer:
         """One with each worker, to the end."""
         for work in self._start(op, list(zip(messages, self.workers, strict=True))):
             work.wait()
-
-    def _beginning_elsewhere(self) -> list[tuple[Part, int]]:
-        """Each part with its server: every worker begins with another one, so that not all wait at the first."""
-        pairs = list(zip(self._parts, self.servers, strict=True))
-        first = self.workers.index(dist.get_rank()) % len(pairs)
-        return pairs[first:] + pairs[:first]
 
     @torch.no_grad()
     def _begin(self, everything: Part) -> None:

@@ -369,6 +369,27 @@ def test_tied_frozen_unused_and_mixed_tensors_and_buffers(servers: list[int]) ->
             torch.testing.assert_close(value, expected)
 
 
+def test_gradients_that_stand_in_a_servers_model_are_not_used() -> None:
+    def ranks() -> list[float]:
+        model = nn.ModuleList([nn.Linear(4, 1, bias=False), nn.Linear(2, 1, bias=False)])
+        for parameter in model.parameters():
+            nn.init.zeros_(parameter)
+        server = ParameterServer(model, torch.optim.SGD(model.parameters(), lr=0.5), servers=[0, 1])
+        if server.is_server:
+            for parameter in model.parameters():
+                parameter.grad = torch.full_like(parameter, 9.0)
+            server.serve(1)
+            assert all(parameter.grad is None for parameter in model.parameters())
+        else:
+            sum(part.weight.sum() for part in model).backward()
+            server.push()
+            server.pull()
+        return [parameter.mean().item() for parameter in model.parameters()]
+
+    # The larger part stands on the first server.
+    assert simulate_ranks(ranks, 3).results == [[-0.5, 0.0], [0.0, -0.5], [-0.5, -0.5]]
+
+
 def test_a_schedule_steps_on_the_server() -> None:
     def ranks() -> float:
         model = nn.Linear(1, 1, bias=False)

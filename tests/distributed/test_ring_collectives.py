@@ -329,6 +329,11 @@ def _against_gloo() -> None:
     all_gather_tensor(whole, chunk)
     assert torch.equal(ring_all_gather(chunk), whole)
     ring_all_reduce(torch.empty(0))
+    numbers = torch.randn(5, dtype=torch.complex64)
+    total = numbers.conj().resolve_conj()
+    dist.all_reduce(total)
+    ring_all_reduce(numbers.conj())  # what stands in memory are the numbers, not their conjugates
+    torch.testing.assert_close(numbers.conj(), total)
     group = dist.new_group([0, n - 1])
     if rank in (0, n - 1):
         pair = torch.full((5,), rank)

@@ -94,6 +94,15 @@ def test_all_reduce_of_any_size_dtype_and_operation(
 
 
 @pytest.mark.parametrize("all_reduce", ALL_REDUCES)
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 6])
+def test_an_average_divides_by_the_number_of_ranks(all_reduce: Callable[..., None], n: int) -> None:
+    inputs = [torch.randn(7, dtype=torch.float64) for _ in range(n)]
+
+    for result in _all_reduce(all_reduce, inputs, OPS.AVG).results:
+        torch.testing.assert_close(result, torch.stack(inputs).mean(0))
+
+
+@pytest.mark.parametrize("all_reduce", ALL_REDUCES)
 def test_strided_tensors_in_subgroups_and_no_autograd(all_reduce: Callable[..., None]) -> None:
     def ranks() -> Tensor:
         rank = dist.get_rank()
