@@ -123,7 +123,7 @@ class GradientReducer:
                 "use_reentrant=False"
             )
         bucket.fill(place, self._scale)
-        parameter.grad = None  # so that nothing is added to what is on its way
+        parameter.grad = None  # its memory is free; and nothing may be added to what is on its way
         # In order: on each rank other buckets may be full first, and collectives must meet.
         while len(self._launched) < len(self._buckets) and not self._buckets[len(self._launched)].missing:
             self._launch()

@@ -84,7 +84,8 @@ def train(
 @pytest.mark.parametrize("n_ranks", [1, 2, 3, 4])
 def test_twenty_steps_are_ddps_to_the_bit(n_ranks: int, dtype: torch.dtype) -> None:
     expected = simulated(train, n_ranks, None, dtype)
-    for way in WAYS if n_ranks == 3 else WAYS[2:4]:
+    ways = WAYS if (n_ranks, dtype) == (3, torch.float32) else WAYS[2:3]
+    for way in ways:
         assert_same(simulated(train, n_ranks, way, dtype), expected)
 
 
@@ -199,7 +200,7 @@ def test_uneven_batches_are_one_process_with_the_whole_batch(optimizer: str) -> 
             loss(model, tokens, 8 * len(tokens)).backward()
             step.step()
         expected = [parameter.detach() for parameter in model.parameters()]
-        for way in WAYS[1:4] if n_ranks == 3 else WAYS[2:3]:
+        for way in WAYS[1:4] if (n_ranks, optimizer) == (3, "SGD") else WAYS[2:3]:
             for result in simulated(ranks, n_ranks, way):
                 assert_same(result, expected, rtol=1e-9, atol=1e-12)
         if n_ranks == 3:

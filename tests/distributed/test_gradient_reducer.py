@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from minillm.distributed import DataParallel, simulate_ranks
+from minillm.distributed.memory import measure_memory
 from minillm.distributed.processes import run_ranks
 from minillm.distributed.traffic import count_traffic
 
@@ -231,6 +232,7 @@ def test_checkpointing_changes_nothing(overlap: bool) -> None:
         def __init__(self, reentrant: bool | None) -> None:
             super().__init__()
             self.net, self.reentrant = net(), reentrant
+            self.net.insert(2, nn.BatchNorm1d(6))  # whose buffers are sent once, not again for the recomputation
 
         def forward(self, x: Tensor) -> Tensor:
             for layer in self.net:
@@ -408,3 +410,24 @@ def test_gradients_lie_in_buckets_that_live_as_long_as_they_do() -> None:
         assert not any(bool(grad.any()) for grad in gradients(model) if grad is not None)
 
     simulated(ranks, 2)
+
+
+@OVERLAP
+def test_gradients_are_held_once(overlap: bool) -> None:
+    def ranks() -> tuple[int, int]:
+        model = nn.Sequential(*[nn.Linear(64, 64, bias=False) for _ in range(16)])
+        n_bytes = sum(parameter.nbytes for parameter in model.parameters())
+        with measure_memory(model) as memory:
+            wrapped = DataParallel(model, bucket_bytes=n_bytes // 8, overlap=overlap)
+            memory.reset_peak()
+            wrapped(torch.ones(1, 64)).sum().backward()
+            held = memory.live_bytes
+            peak = memory.peak_bytes
+            wrapped.zero_grad()
+            dist.barrier()  # the backend keeps what it was given for a moment
+            assert memory.live["gradients"] == 0
+        return round(held / n_bytes, 1), round(peak / n_bytes, 1)
+
+    held, peak = simulated(ranks, 2)[0]
+    assert held == 2.0  # parameters and gradients
+    assert peak <= 2.5  # and a bucket of 1/8 on top, with what the simulator needs to add it up
