@@ -5,6 +5,7 @@ from minillm.plots.bars import bars, format_bytes, memory_bars
 from minillm.plots.curves import loss_curve
 from minillm.plots.expert_preferences import preference_map, routing_map
 from minillm.plots.experts import expert_load, expert_load_over_time
+from minillm.plots.mesh import mesh_table
 from minillm.plots.patterns import pattern_grid
 from minillm.plots.ring import ring_steps
 from minillm.plots.roofline import roofline
@@ -22,6 +23,7 @@ __all__ = [
     "format_bytes",
     "loss_curve",
     "memory_bars",
+    "mesh_table",
     "pattern_grid",
     "preference_map",
     "ring_steps",
