@@ -24,6 +24,7 @@ from minillm.distributed import (
     simulate_ranks,
 )
 from minillm.distributed.parameter_server import Update
+from minillm.distributed.parts import share_out
 
 STEPS = 20
 OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
@@ -388,6 +389,17 @@ def test_gradients_that_stand_in_a_servers_model_are_not_used() -> None:
 
     # The larger part stands on the first server.
     assert simulate_ranks(ranks, 3).results == [[-0.5, 0.0], [0.0, -0.5], [-0.5, -0.5]]
+
+
+def test_servers_keep_about_the_same_number_of_bytes() -> None:
+    tensors = [torch.zeros(n) for n in (10, 1, 60, 30, 5, 25, 20, 40)]
+    parts = share_out(tensors, 3)
+
+    # The largest first, each to the lightest: 60 | 40 | 30, then 25 to 30, 20 to 40, 10 to 55, and so on.
+    assert [[tensor.numel() for tensor in part.tensors] for part in parts] == [[60, 5], [40, 20, 1], [30, 25, 10]]
+    assert sorted(part.n_bytes for part in parts) == [244, 260, 260]
+    with pytest.raises(ValueError, match="n_parts must be at most the 8 tensors that there are, got 9"):
+        share_out(tensors, 9)
 
 
 def test_a_schedule_steps_on_the_server() -> None:
