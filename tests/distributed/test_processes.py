@@ -6,6 +6,7 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -287,7 +288,8 @@ def test_what_a_rank_has_started_ends_with_it() -> None:
     assert _gone(run_ranks(start, 2))
 
 
-def test_ranks_end_when_the_process_that_called_is_killed() -> None:
+def test_ranks_end_when_the_process_that_called_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # its folder stays: nobody is left to remove it
     ours, theirs = multiprocessing.Pipe(duplex=False)
 
     def stay() -> None:
