@@ -419,15 +419,16 @@ def test_gradients_are_held_once(overlap: bool) -> None:
         n_bytes = sum(parameter.nbytes for parameter in model.parameters())
         with measure_memory(model) as memory:
             wrapped = DataParallel(model, bucket_bytes=n_bytes // 8, overlap=overlap)
+            dist.barrier()  # a backend keeps what it was given for a moment
             memory.reset_peak()
             wrapped(torch.ones(1, 64)).sum().backward()
             held = memory.live_bytes
             peak = memory.peak_bytes
             wrapped.zero_grad()
-            dist.barrier()  # the backend keeps what it was given for a moment
+            dist.barrier()
             assert memory.live["gradients"] == 0
         return round(held / n_bytes, 1), round(peak / n_bytes, 1)
 
     held, peak = simulated(ranks, 2)[0]
     assert held == 2.0  # parameters and gradients
-    assert peak <= 2.5  # and a bucket of 1/8 on top, with what the simulator needs to add it up
+    assert peak <= 2.4  # and a bucket of 1/8 on top, with what the simulator needs to add it up
