@@ -196,8 +196,10 @@ class Zero:
             with annotate("norm of the gradients"):
                 dist.all_reduce(square, group=self.ranks.partition)
         norm = square.sqrt()
-        if reduced and max_norm != float("inf"):
-            torch._foreach_mul_(reduced, torch.clamp(max_norm / (norm + 1e-6), max=1.0))
+        if max_norm != float("inf"):
+            factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+            for part in reduced:
+                part.mul_(factor)
         return norm
 
     @torch.no_grad()

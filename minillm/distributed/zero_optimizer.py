@@ -7,7 +7,8 @@ of a matrix. Whether a given optimizer is such a one is tried out on a small mat
 
 from __future__ import annotations
 
-from collections import OrderedDict, defaultdict
+import copy
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -68,18 +69,17 @@ def _trial(
     optimizer: torch.optim.Optimizer, group: dict[str, Any], starts: list[Tensor], gradients: list[list[Tensor]]
 ) -> tuple[list[Tensor], dict[str, Any]]:
     parameters = [nn.Parameter(start.clone()) for start in starts]
-    copy = object.__new__(type(optimizer))
-    copy.__dict__.update(optimizer.__dict__)
-    copy.__dict__.pop("step", None)  # a learning rate schedule may have wrapped it
-    copy.param_groups = [{**group, "params": parameters, "lr": 1e-2}]
-    copy.state = defaultdict(dict)
-    copy._optimizer_step_pre_hooks = OrderedDict()
-    copy._optimizer_step_post_hooks = OrderedDict()
+    trial = copy.copy(optimizer)  # without its hooks
+    for name, value in vars(optimizer).items():
+        trial.__dict__.setdefault(name, value)  # what a class of one's own keeps beside the groups
+    trial.__dict__.pop("step", None)  # a learning rate schedule may have wrapped it
+    trial.param_groups = [{**group, "params": parameters, "lr": 1e-2}]
+    trial.state = defaultdict(dict)
     for step in gradients:
         for parameter, gradient in zip(parameters, step, strict=True):
             parameter.grad = gradient.clone()
-        copy.step()
-    return [parameter.detach() for parameter in parameters], dict(copy.state[parameters[0]])
+        trial.step()
+    return [parameter.detach() for parameter in parameters], dict(trial.state[parameters[0]])
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,8 @@ class StateSaver:
             values.update({place.parameter: tensor for place, tensor in self._split(flat, flat.master, wanted)})
             for place in flat.places:
                 if wanted and place.group is not None and (number, place.group) in learnt:
-                    states[place.name] = dict(learnt[number, place.group][0].single)
+                    single = learnt[number, place.group][0].single
+                    states[place.name] = {key: _copied(value) for key, value in single.items()}
             keys = {key for (where, _), (state, _) in learnt.items() if where == number for key in state.divided}
             for key in sorted(keys):
                 have = {
@@ -61,10 +62,15 @@ class StateSaver:
                         states[place.name][key] = tensor
         if not wanted:
             return {}
-        model = {}
+        model: dict[str, Any] = {}
+        given: set[nn.Parameter] = set()
         for name, value in self._entries().items():
-            found = values.get(value, value) if isinstance(value, nn.Parameter) else value
-            model[name] = found.detach().to("cpu", copy=True) if isinstance(found, Tensor) else found
+            if isinstance(value, nn.Parameter) and value in values:
+                # A tied parameter has two names and gets two tensors: files of safetensors want that.
+                model[name] = values[value].clone() if value in given else values[value]
+                given.add(value)
+            else:
+                model[name] = _copied(value)
         return {"model": model, "optimizer": self._plain_layout(states)}
 
     def _split(self, flat: FlatParameters, part: Tensor, wanted: bool) -> Iterator[tuple[Any, Tensor]]:
@@ -96,9 +102,7 @@ class StateSaver:
         numbered = {
             name: number for number, name in enumerate(name for names in self.optimizer.names for name in names)
         }
-        state = {
-            numbered[name]: {key: _copied(value) for key, value in values.items()} for name, values in states.items()
-        }
+        state = {numbered[name]: values for name, values in states.items()}
         return {"state": dict(sorted(state.items())), "param_groups": self._groups(numbered)}
 
     def _groups(self, numbered: dict[str, int] | None) -> list[dict[str, Any]]:

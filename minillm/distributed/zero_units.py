@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from minillm.distributed.zero_gradients import FlatGradients
 from minillm.distributed.zero_mics import Ranks
@@ -61,11 +60,17 @@ def blocks_of(model: nn.Module, blocks: Iterable[nn.Module] | None) -> list[nn.M
 def cast_inputs(modules: Iterable[nn.Module], dtype: torch.dtype) -> None:
     """Have the floating-point inputs of these modules cast to `dtype` before each forward."""
 
-    def cast(tensor: Tensor) -> Tensor:
-        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+    def cast(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.to(dtype) if value.is_floating_point() else value
+        if isinstance(value, dict):
+            return {key: cast(element) for key, element in value.items()}
+        if type(value) in (list, tuple):
+            return type(value)(cast(element) for element in value)
+        return value
 
     def hook(_: nn.Module, args: Any, kwargs: Any) -> Any:
-        return tree_map_only(Tensor, cast, args), tree_map_only(Tensor, cast, kwargs)
+        return cast(args), cast(kwargs)
 
     for module in modules:
         module.register_forward_pre_hook(hook, with_kwargs=True)
