@@ -47,7 +47,7 @@ class Net(nn.Module):
 def loss_of(model: nn.Module, step: int, micro: int, rank: int) -> Tensor:
     draw = torch.Generator().manual_seed(1000 * step + 10 * micro + rank)
     tokens, targets = torch.randint(11, (2, 5), generator=draw)
-    return nn.functional.cross_entropy(model(tokens, (step + rank) % 4 == 0).double(), targets) / MICRO_BATCHES
+    return nn.functional.cross_entropy(model(tokens, (step + rank + micro) % 4 == 0).double(), targets) / MICRO_BATCHES
 
 
 def optimizer_for(kind: str, model: nn.Module) -> torch.optim.Optimizer:
@@ -558,6 +558,7 @@ def test_gradients_kept_on_the_device_alone_are_sent_by_the_step() -> None:
             model(torch.ones(1, 4, dtype=torch.float64)).sum().backward()
     assert offload.link_bytes["to host"] == 0
     offload.step()
+    assert offload.link_bytes["to host"] == offload.link_bytes["to device"] > 0
     torch.testing.assert_close(model.bias.detach(), before - 0.2)
 
 
