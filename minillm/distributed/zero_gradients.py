@@ -135,6 +135,8 @@ class FlatGradients:
 
     def clear(self) -> None:
         """Forget every gradient. The buffer of stage 1 stays: the next pass needs one of that size again."""
+        self.finish_reduce_scatter()
+        self.finish_replication()
         self._written, self.arrived = [False] * len(self._views), 0
         self.partial = self.reduced = None
         if not self.keep_own or self.flat.ranks.n_parts == 1:
@@ -240,7 +242,7 @@ class GradientReducer:
         """Forget every gradient, and a backward pass that an exception has ended."""
         self.in_backward = False
         self._full.clear()
-        self._turn = 0
+        self._turn, self._latest = 0, None
         for bucket in self.buckets:
             bucket.clear()
 
