@@ -167,8 +167,11 @@ def test_finding_unused_parameters_is_ddps(overlap: bool) -> None:
 def test_what_was_used_while_accumulating_counts_as_used() -> None:
     def ranks() -> list[Any]:
         wrapped = DataParallel(Branches(2), bucket_bytes=70)
-        with wrapped.no_sync():
+        with wrapped.no_sync(), count_traffic() as traffic:
+            with wrapped.no_sync():
+                pass
             wrapped(row(0), [0]).sum().backward()
+        assert traffic.bytes_sent == 0
         wrapped(row(1), [1]).sum().backward()
         return gradients(wrapped)
 
