@@ -1,9 +1,11 @@
 """The simulated cluster: what it promises of ranks, generators, errors in words, and of leaving nothing behind."""
 
 import gc
+import os
 import sys
 import threading
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -248,6 +250,19 @@ def test_nothing_is_left_behind() -> None:
     assert sys.excepthook is hook
     assert threading.active_count() == threads
     assert all(tensor() is None for tensor in tensors)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="this system does not list its threads in /proc")
+def test_the_systems_threads_are_gone_too_as_a_fork_needs_it() -> None:
+    """A thread on its way out holds locks of libraries, which a process forked in that moment never gets."""
+
+    def ranks() -> None:
+        dist.all_reduce(torch.ones(64, 64) @ torch.ones(64, 64))
+
+    before = set(os.listdir("/proc/self/task"))
+    for _ in range(20):
+        simulate_ranks(ranks, 8)
+        assert set(os.listdir("/proc/self/task")) <= before
 
 
 def test_a_failed_simulation_leaves_room_for_the_next() -> None:

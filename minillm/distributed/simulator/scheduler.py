@@ -8,8 +8,10 @@ once.
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -106,7 +108,7 @@ class Scheduler:
                     rank.baton.release()
             torch.set_rng_state(outside)
         for thread in threads:
-            thread.join()
+            _join(thread)
         if self._failure is not None:
             raise self._failure
 
@@ -215,3 +217,14 @@ class Scheduler:
                 place = traceback.extract_stack(frames[thread.ident])[-1]
                 lines.append(f"rank {rank.index} is in {place.name}, {place.filename}:{place.lineno}")
         return f"the ranks had not returned after {timeout:g} seconds\n  " + "\n  ".join(lines)
+
+
+def _join(thread: threading.Thread) -> None:
+    """Wait until a thread is really gone.
+
+    Before Python 3.13 `join` returns while the system's thread still gives back what libraries keep for each thread. A
+    process forked in that moment (`run_ranks`) inherits their locks as held, and hangs in its first matrix product.
+    """
+    thread.join()
+    while os.path.exists(f"/proc/self/task/{thread.native_id}"):
+        time.sleep(1e-4)
