@@ -1,6 +1,6 @@
 """A training step of ~10M parameters on two ranks: DataParallel and Zero beside DDP, FSDP2 and ZeroRedundancyOptimizer.
 
-    python benchmarks/data_parallel.py [--rounds 8] [--ranks 2] [--batch 4] [--sequence 128]
+    python benchmarks/data_parallel.py [--rounds 8] [--ranks 2] [--batch 2] [--sequence 128] [--sides "Zero 3"]
     python benchmarks/data_parallel.py --smoke           a few seconds: shows that it runs, no more
 
 Every rank is a process with one thread and gloo between them. All sides stand in the same processes, begin with the
@@ -22,7 +22,8 @@ by kind on rank 0 between the backward and the optimizer's step.
 
 Then the simulator: one DataParallel step of a small model on 8 and 64 simulated ranks in one process, beside the same
 number of steps without communication, and what a collective costs. Writes benchmarks/results/data_parallel.json
-(--json FILE: another file); --smoke writes only where --json says so.
+(--json FILE: another file); --smoke and --sides (which takes the peers of these sides too) write only where --json says
+so.
 """
 
 import sys
@@ -194,8 +195,11 @@ def on_rank(config: TransformerConfig, batch: int, sequence: int, rounds: int, n
     return {"turns": turns, "counted": counted, "parameter_bytes": parameter_bytes}
 
 
-def measure(config: TransformerConfig, n_ranks: int, batch: int, sequence: int, rounds: int) -> list[dict[str, Any]]:
-    names = list(SIDES)
+def measure(
+    config: TransformerConfig, n_ranks: int, batch: int, sequence: int, rounds: int, wanted: list[str]
+) -> list[dict[str, Any]]:
+    peers = {"DDP", *(PEERS[name] for name in wanted if name in PEERS)}
+    names = [name for name in SIDES if name in wanted or name in peers]
     ranks = run_ranks(on_rank, n_ranks, config, batch, sequence, rounds, names, timeout=3600)
     rows: list[dict[str, Any]] = []
     for name in names:
@@ -216,14 +220,14 @@ def measure(config: TransformerConfig, n_ranks: int, batch: int, sequence: int, 
     by_name = {row["side"]: row for row in rows}
     expected = torch.tensor(by_name["DDP"]["losses"])
     for row in rows:
+        losses = torch.tensor(row.pop("losses"))
         if row["side"] != "alone":
-            torch.testing.assert_close(torch.tensor(row.pop("losses")), expected, atol=0.0, rtol=1e-3, msg=row["side"])
+            torch.testing.assert_close(losses, expected, atol=0.0, rtol=1e-3, msg=row["side"])
         peer = PEERS.get(row["side"], "DDP")
         for what in ("wall", "cpu"):
             quotients = [a / b for a, b in zip(row[what], by_name[peer][what], strict=True)]
             row[f"{what}_ratio"] = round(statistics.median(quotients), 3)
         row["peer"] = peer
-    by_name["alone"].pop("losses")
     return rows
 
 
@@ -292,15 +296,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=8, help="turns of each side (default: 8)")
     parser.add_argument("--ranks", type=int, default=2, help="default: 2")
-    parser.add_argument("--batch", type=int, default=4, help="sequences a rank (default: 4)")
+    parser.add_argument("--batch", type=int, default=2, help="sequences a rank (default: 2)")
     parser.add_argument("--sequence", type=int, default=128, help="tokens of each (default: 128)")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), metavar="SIDE", help="default: all")
     parser.add_argument("--smoke", action="store_true", help="small and once")
     parser.add_argument("--json", type=Path, help="file for the result")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     config, rounds = (SMALL, 1) if arguments.smoke else (LARGE, arguments.rounds)
     batch, sequence = (2, 16) if arguments.smoke else (arguments.batch, arguments.sequence)
-    rows = measure(config, arguments.ranks, batch, sequence, rounds)
+    rows = measure(config, arguments.ranks, batch, sequence, rounds, arguments.sides)
     print(table(rows), flush=True)
     simulated = simulator([2] if arguments.smoke else [8, 64])
     for row in simulated:
@@ -319,7 +324,8 @@ def main() -> None:
         "rows": rows,
         "simulator": simulated,
     }
-    file = arguments.json or (None if arguments.smoke else RESULTS)
+    some = arguments.smoke or len(arguments.sides) < len(SIDES)
+    file = arguments.json or (None if some else RESULTS)
     if file:
         file.write_text(json.dumps(result) + "\n", encoding="utf-8")
 
