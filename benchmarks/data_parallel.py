@@ -148,7 +148,9 @@ class Later:
 
     @property
     def state(self) -> Any:
-        return getattr(self.optimizer, "state", {})
+        return getattr(
+            getattr(self.optimizer, "optim", self.optimizer), "state", {}
+        )  # optim: ZeroRedundancyOptimizer's
 
     def tensors_by_kind(self) -> Any:
         return self.optimizer.tensors_by_kind() if hasattr(self.optimizer, "tensors_by_kind") else {}
