@@ -1,32 +1,19 @@
-"""How a training run is spread over ranks: the plan, and what the loop asks of whatever carries it out.
+"""How a training run is spread over ranks: the plan, and the engine that carries it out.
 
-One process, `minillm.distributed`'s data parallelism and ZeRO, or PyTorch's DDP and FSDP2
-(`minillm.training.torch_parallel`): the loop does not know which. In each of them the ranks read the same batches, each
-computes its rows, and the update is that of one process with the whole batch.
+One process, `minillm.distributed`'s data parallelism and ZeRO (`minillm.training.engines`), or PyTorch's DDP and FSDP2
+(`minillm.training.torch_engines`): the loop does not know which.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
-from minillm.distributed import DataParallel, Zero
-from minillm.training.checkpoint import Checkpoint
-from minillm.training.loss import Batch
-from minillm.training.state import (
-    SavedState,
-    model_tensors,
-    optimizer_tensors,
-    parameter_names,
-    plain_optimizer_state,
-    saved_state,
-)
+from minillm.training.engines import DataParallelEngine, Engine, ZeroEngine
 
 ENGINES = ("minillm", "torch")
 
@@ -72,160 +59,6 @@ class ParallelPlan:
             )
 
 
-class Engine:
-    """One process; the others override what is different for them.
-
-    Attributes:
-        optimizer: its `param_groups` may be given another "lr" before each step.
-        forward: calls the model.
-        backward_factor: what a loss is to be multiplied by before its backward pass.
-    """
-
-    rank, n_ranks = 0, 1
-    backward_factor = 1.0
-
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        self.model, self.optimizer = model, optimizer
-        self.forward: Callable[..., Any] = model
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The optimizer's groups."""
-        return self.optimizer.param_groups
-
-    def own_rows(self, batch: Batch) -> Batch:
-        """This rank's rows of a batch; fewer ranks than others may get one less, or none."""
-        inputs, targets = batch
-        return inputs.tensor_split(self.n_ranks)[self.rank], targets.tensor_split(self.n_ranks)[self.rank]
-
-    def accumulating(self) -> contextlib.AbstractContextManager[object]:
-        """To be entered around the forward and backward passes of a step but the last."""
-        return contextlib.nullcontext()
-
-    def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over ranks, on each; in place."""
-        return tensor
-
-    def any(self, flag: bool) -> bool:
-        """Whether it is so on any rank."""
-        return flag
-
-    def barrier(self) -> None:
-        """Wait for all ranks."""
-
-    def clip(self, max_norm: float) -> Tensor:
-        """Scale the gradient to a norm of at most `max_norm`; returns the norm that it had."""
-        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        return nn.utils.clip_grad_norm_(parameters, max_norm)
-
-    def step(self) -> None:
-        """Update the parameters."""
-        self.optimizer.step()
-
-    def zero_grad(self) -> None:
-        """Forget the gradients."""
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def saved_state(self) -> SavedState | None:
-        """What a checkpoint holds of the model and the optimizer, as one process would have it; None but on rank 0."""
-        return saved_state(self.model, self.optimizer) if self.rank == 0 else None
-
-    def restore(self, checkpoint: Checkpoint) -> None:
-        """Take up the model and the optimizer of a checkpoint, from whatever number of ranks."""
-        checkpoint.restore(self.model, self.optimizer)
-
-
-class ParallelEngine(Engine):
-    """What all ways to train on several ranks have in common."""
-
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        super().__init__(model, optimizer)
-        self.rank, self.n_ranks = dist.get_rank(), dist.get_world_size()
-        self._device = next(model.parameters()).device
-
-    def sum(self, tensor: Tensor) -> Tensor:
-        """See `Engine`."""
-        dist.all_reduce(tensor)
-        return tensor
-
-    def any(self, flag: bool) -> bool:
-        """See `Engine`."""
-        return bool(self.sum(torch.tensor(int(flag), device=self._device)))
-
-    def barrier(self) -> None:
-        """See `Engine`."""
-        self.any(False)
-
-
-class PlainLayout:
-    """The names that a model and its optimizer have in one process, kept from before their tensors are divided."""
-
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        _, self._tied = model_tensors(model)
-        self.names = parameter_names(optimizer, model)
-        self._groups = optimizer.state_dict()["param_groups"]
-
-    def saved(self, model: Mapping[str, Tensor], optimizer: Mapping[int, Mapping[str, Any]]) -> SavedState:
-        """What a checkpoint holds, from a whole model's state dict and the part "state" of an optimizer's."""
-        tensors = {name: tensor.contiguous() for name, tensor in model.items() if name not in self._tied}
-        return SavedState(tensors, self._tied, *optimizer_tensors(optimizer, self.names))
-
-    def optimizer_state(self, checkpoint: Checkpoint) -> dict[str, Any]:
-        """The optimizer's state dict of a checkpoint, with the hyperparameters of now."""
-        scalars = checkpoint.state["optimizer_scalars"]
-        state = plain_optimizer_state(self.names, checkpoint.optimizer, scalars)
-        return {"state": state, "param_groups": self._groups}
-
-
-class DataParallelEngine(ParallelEngine):
-    """`minillm.distributed.DataParallel`."""
-
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        super().__init__(model, optimizer)
-        self._wrapped = DataParallel(model, reduction="sum")
-        self.forward = self._wrapped
-
-    def accumulating(self) -> contextlib.AbstractContextManager[object]:
-        """See `Engine`."""
-        return self._wrapped.no_sync()
-
-
-class ZeroEngine(ParallelEngine):
-    """`minillm.distributed.Zero`."""
-
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, stage: Any) -> None:
-        super().__init__(model, optimizer)
-        self._plain = PlainLayout(model, optimizer)
-        self._zero = Zero(model, optimizer, stage=stage, reduction="sum")
-
-    def accumulating(self) -> contextlib.AbstractContextManager[object]:
-        """See `Engine`."""
-        return self._zero.no_sync()
-
-    def clip(self, max_norm: float) -> Tensor:
-        """See `Engine`."""
-        return self._zero.clip_grad_norm_(max_norm)
-
-    def step(self) -> None:
-        """See `Engine`."""
-        self._zero.step()
-
-    def zero_grad(self) -> None:
-        """See `Engine`."""
-        self._zero.zero_grad()
-
-    def saved_state(self) -> SavedState | None:
-        """See `Engine`."""
-        whole = self._zero.state_dict()
-        return self._plain.saved(whole["model"], whole["optimizer"]["state"]) if whole else None
-
-    def restore(self, checkpoint: Checkpoint) -> None:
-        """See `Engine`."""
-        self._zero.load_state_dict(
-            {"model": checkpoint.model_state(), "optimizer": self._plain.optimizer_state(checkpoint)}
-        )
-
-
 def make_engine(plan: ParallelPlan, model: nn.Module, make_optimizer: Callable[[], torch.optim.Optimizer]) -> Engine:
     """What carries out the plan for a model that is on its device.
 
@@ -236,7 +69,8 @@ def make_engine(plan: ParallelPlan, model: nn.Module, make_optimizer: Callable[[
     if plan.dp == 1:
         return Engine(model, make_optimizer())
     if plan.engine == "torch":
-        from minillm.training.torch_parallel import make_torch_engine
+        # Here, because its imports take seconds.
+        from minillm.training.torch_engines import make_torch_engine
 
         return make_torch_engine(plan.zero, model, make_optimizer)
     if plan.zero == 0:

@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from minillm.training.checkpoint import Checkpoint
-from minillm.training.parallel import ParallelEngine, PlainLayout
+from minillm.training.engines import ParallelEngine, PlainLayout
 from minillm.training.state import SavedState
 
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
