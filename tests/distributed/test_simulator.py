@@ -282,6 +282,26 @@ def test_the_function_may_destroy_its_group_itself() -> None:
     assert simulate_ranks(ranks, 2).results == [False, False]
 
 
+def test_a_tensor_lives_no_longer_than_its_message() -> None:
+    """Else what is measured of a rank's memory would have the last message in it."""
+
+    def ranks() -> list[bool]:
+        gone = []
+        for work in (lambda x: dist.all_reduce(x, async_op=True), lambda x: None):
+            x = torch.ones(1000)
+            alive = weakref.ref(x)
+            handle = work(x)
+            if handle is None:
+                dist.all_reduce(x)
+            else:
+                handle.wait()
+            del x, handle
+            gone.append(alive() is None)
+        return gone
+
+    assert simulate_ranks(ranks, 3).results == [[True, True]] * 3
+
+
 def test_sixty_four_ranks_and_their_subgroups() -> None:
     def ranks() -> tuple[float, float]:
         mine, _ = dist.new_subgroups(8)

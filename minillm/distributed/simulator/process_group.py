@@ -26,15 +26,23 @@ _POLL = 1e-6  # virtual seconds that asking "is it done?" takes, so that a loop 
 
 
 class SimulatedWork(dist.Work):
-    """The handle of a call that may still be under way."""
+    """The handle of a call that may still be under way.
 
-    def __init__(self, rank: Rank, event: Event, outputs: list[Tensor], post: Any = None) -> None:
+    C++ holds a handle by a pointer of its own, and its Python half must not go before it: hence `kept`, in which it
+    stays until somebody has waited for it.
+    """
+
+    def __init__(
+        self, rank: Rank, event: Event, outputs: list[Tensor], kept: set[SimulatedWork], post: Any = None
+    ) -> None:
         super().__init__()
-        self._rank, self._event, self._outputs, self._post = rank, event, outputs, post
+        self._rank, self._event, self._outputs, self._post, self._kept = rank, event, outputs, post, kept
+        kept.add(self)
 
     def wait(self, timeout: timedelta | None = None) -> bool:
         """Hold the rank until the call is done; its clock is then not before that time."""
         self._rank.scheduler.wait(self._rank, self._event)
+        self._kept.discard(self)
         return True
 
     def synchronize(self) -> None:
@@ -81,8 +89,7 @@ class SimulatedProcessGroup(dist.ProcessGroup):
     def __init__(self, rank: Rank, place: int, group: Group, exchange: Exchange) -> None:
         super().__init__(place, len(group.ranks))
         self._rank, self._place, self._group, self._exchange = rank, place, group, exchange
-        # C++ holds works by a pointer of its own; their Python half must not go before it.
-        self._works: list[SimulatedWork] = []
+        self._works: set[SimulatedWork] = set()  # not waited for
 
     def getBackendName(self) -> str:  # noqa: N802 (PyTorch's name)
         """The backend's name."""
@@ -126,13 +133,7 @@ class SimulatedProcessGroup(dist.ProcessGroup):
             root=options.rootRank if rooted else None,
         )
         event = self._exchange.collective(self._rank, self._group, call)
-        return self._work(event, [tensor for part in outputs for tensor in part])
-
-    def _work(self, event: Event, outputs: list[Tensor], post: Any = None) -> SimulatedWork:
-        self._works = [work for work in self._works if work._event.end is None][-64:]
-        work = SimulatedWork(self._rank, event, outputs, post)
-        self._works.append(work)
-        return work
+        return SimulatedWork(self._rank, event, [tensor for part in outputs for tensor in part], self._works)
 
     def _cut(self, tensors: list[Tensor]) -> list[int]:
         """Bytes of each rank's chunk of these tensors, as `torch.tensor_split` cuts them."""
@@ -217,15 +218,15 @@ class SimulatedProcessGroup(dist.ProcessGroup):
 
     def send(self, tensors: list[Tensor], destination: int, tag: int) -> SimulatedWork:
         post = self._exchange.send(self._rank, self._group, tensors[0], self._group.ranks[destination], tag)
-        return self._work(post.event, tensors, post)
+        return SimulatedWork(self._rank, post.event, tensors, self._works, post)
 
     def recv(self, tensors: list[Tensor], source: int, tag: int) -> SimulatedWork:
         post = self._exchange.receive(self._rank, self._group, tensors[0], self._group.ranks[source], tag)
-        return self._work(post.event, tensors, post)
+        return SimulatedWork(self._rank, post.event, tensors, self._works, post)
 
     def recv_anysource(self, tensors: list[Tensor], tag: int) -> SimulatedWork:
         post = self._exchange.receive(self._rank, self._group, tensors[0], None, tag)
-        return self._work(post.event, tensors, post)
+        return SimulatedWork(self._rank, post.event, tensors, self._works, post)
 
     def _pieces(self, tensor: Tensor) -> list[Tensor]:
         flat = tensor.detach().view(-1)
