@@ -44,11 +44,11 @@ class _Order:
 
 @dataclasses.dataclass
 class _Call:
-    """One forward of a block, and how far its backward has come."""
+    """One forward of a block, and how far its backward has come: in which pass it was begun last, and ended."""
 
     unit: Unit
-    started: bool = False
-    ended: bool = False
+    started: int = 0
+    ended: int = 0
 
 
 class BlockGatherer:
@@ -178,8 +178,9 @@ class BlockGatherer:
         call = self._call[id(unit)] = _Call(unit)
         if torch.is_grad_enabled() and unit is not self._units[0]:
             for tensor in _tensors_in((args, kwargs)):
-                if tensor.requires_grad:
-                    # This gradient is whole when the last operation that the block has on its way is done.
+                if tensor.requires_grad and not tensor.is_leaf:
+                    # Autograd does what was computed last first: this gradient is next when nothing of the block is
+                    # left to do. A leaf's comes as soon as it is whole, whatever the block has still to do.
                     tensor.register_hook(partial(self._after_backward, call))  # type: ignore[no-untyped-call]
 
     def _after_forward(self, unit: Unit, _: nn.Module, __: Any, output: Any) -> None:
@@ -193,21 +194,21 @@ class BlockGatherer:
             self._free(unit)
 
     def _before_backward(self, call: _Call, _: Tensor) -> None:
-        if call.started:
-            return
         if not self._reducer.in_backward:
             self._backward.begin()
             if not self._backward.last:
                 root, *blocks = self._forward.now
                 self._backward.last = [root, *reversed(blocks)]
             self._reducer.begin()
-        call.started = True
+        if call.started == self._reducer.passes:
+            return
+        call.started = self._reducer.passes  # a graph that is retained may come by here in several passes
         self._running[id(call.unit)] += 1
         self._gather(call.unit, self._backward.visit(call.unit))
 
     def _after_backward(self, call: _Call, _: Tensor) -> None:
-        if call.started and not call.ended:
-            call.ended = True
+        if call.started == self._reducer.passes and call.ended != self._reducer.passes:
+            call.ended = self._reducer.passes
             self._running[id(call.unit)] -= 1
             self._release(call.unit)
 

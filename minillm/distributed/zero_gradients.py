@@ -152,6 +152,7 @@ class GradientReducer:
     Attributes:
         sync: False inside of `no_sync`: gradients stay with each rank (stage 1), or are reduce-scattered and wait only
             for the replicas (stages 2 and 3, where a rank has no room for all of its own).
+        passes: how many backward passes have begun.
         at_end: called when a backward pass ends, before the gradients that are left are sent off.
 
     Args:
@@ -164,6 +165,7 @@ class GradientReducer:
         self.buckets, self.stage, self.in_turn = list(buckets), stage, in_turn
         self.sync = True
         self.in_backward = False
+        self.passes = 0
         self.at_end: Callable[[], None] | None = None
         self._full: set[int] = set()
         self._turn = 0
@@ -183,6 +185,7 @@ class GradientReducer:
         """From within a hook: a backward pass is running."""
         if not self.in_backward:
             self.in_backward = True
+            self.passes += 1
             after_backward(self._end)
 
     def take(self, number: int, index: int) -> None:

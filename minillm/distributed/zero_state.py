@@ -40,25 +40,22 @@ class StateSaver:
         values: dict[nn.Parameter, Tensor] = {}
         states: dict[str, dict[str, Any]] = {}
         learnt = self._learnt_anywhere()
-        for number, flat in enumerate(self.flats):
+        for flat in self.flats:
             values.update({place.parameter: tensor for place, tensor in self._split(flat, flat.master, wanted)})
-            for place in flat.places:
-                if wanted and place.group is not None and (number, place.group) in learnt:
-                    single = learnt[number, place.group][0].single
-                    states[place.name] = {key: _copied(value) for key, value in single.items()}
-            keys = {key for (where, _), (state, _) in learnt.items() if where == number for key in state.divided}
-            for key in sorted(keys):
-                have = {
-                    group: dtypes[key]
-                    for (where, group), (_, dtypes) in learnt.items()
-                    if where == number and key in dtypes
-                }
-                part = flat.master.new_zeros(flat.part_size, dtype=next(iter(have.values())))
+            have = [place.name for place in flat.places if place.name in learnt]
+            if wanted:
+                states.update(
+                    {name: {key: _copied(value) for key, value in learnt[name][0].single.items()} for name in have}
+                )
+            for key in sorted({key for name in have for key in learnt[name][0].divided}):
+                dtype = next(learnt[name][1][key] for name in have if key in learnt[name][1])
+                part = flat.master.new_zeros(flat.part_size, dtype=dtype)
                 for segment in flat.segments:
-                    if segment.group in have:
-                        part[segment.in_part].copy_(self.optimizer.optimizer.state[segment.parameter][key])
+                    own = self.optimizer.optimizer.state.get(segment.parameter, {}).get(key)
+                    if own is not None:
+                        part[segment.in_part].copy_(own)
                 for place, tensor in self._split(flat, part, wanted):
-                    if place.group in have:
+                    if place.name in learnt and key in learnt[place.name][0].divided:
                         states[place.name][key] = tensor
         if not wanted:
             return {}
@@ -78,22 +75,27 @@ class StateSaver:
         for place in flat.places if wanted else ():
             yield place, full[place.start : place.stop].view(place.shape).to("cpu", copy=True)
 
-    def _learnt_anywhere(self) -> dict[tuple[int, int], tuple[ParameterState, dict[str, torch.dtype]]]:
-        """State by (buffer, group), with the dtypes of what is divided; a rank may own nothing of a group."""
+    def _learnt_anywhere(self) -> dict[str, tuple[ParameterState, dict[str, torch.dtype]]]:
+        """State by name of the parameter, with the dtypes of what is divided, from a rank that owns some of it.
+
+        A rank may own nothing of a group but padding, whose count of steps begins anew when a state is loaded.
+        """
         mine = {}
-        for number, flat in enumerate(self.flats):
-            for segment in flat.segments:
-                state = self.optimizer.optimizer.state.get(segment.parameter)
-                if state:
+        for flat in self.flats:
+            states: dict[int | None, Any] = {
+                segment.group: self.optimizer.optimizer.state.get(segment.parameter) for segment in flat.segments
+            }
+            for own in flat.pieces():
+                state = states.get(own.place.group)
+                if state and (own.start < own.stop or own.place.start == own.place.stop):
                     described = self.optimizer.describe(state)
-                    dtypes = {key: state[key].dtype for key in described.divided}
-                    mine[number, segment.group] = (described, dtypes)
+                    mine[own.place.name] = described, {key: state[key].dtype for key in described.divided}
         found: list[Any] = [mine]
         if self.ranks.n_parts > 1:
             found = [None] * self.ranks.n_parts
             dist.all_gather_object(found, mine, group=self.ranks.partition)
-        merged: dict[tuple[int, int], tuple[ParameterState, dict[str, torch.dtype]]] = {}
-        for theirs in found:
+        merged: dict[str, tuple[ParameterState, dict[str, torch.dtype]]] = {}
+        for theirs in reversed(found):
             merged.update(theirs)
         return merged
 

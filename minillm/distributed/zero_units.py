@@ -42,8 +42,12 @@ def blocks_of(model: nn.Module, blocks: Iterable[nn.Module] | None) -> list[nn.M
         inside: set[nn.Module] = set()
         for module in model.modules():
             if isinstance(module, nn.ModuleList) and module not in inside:
-                found.extend(element for element in module if element not in found)
-                inside.update(module.modules())
+                for element in module:
+                    if isinstance(element, nn.ModuleList):
+                        continue  # it has no forward of its own, its elements have
+                    if element not in found:
+                        found.append(element)
+                    inside.update(element.modules())
         return found
     chosen = list(dict.fromkeys(blocks))
     for block in chosen:

@@ -155,6 +155,31 @@ class Branch(nn.Module):
         return Both(out, {"size": out.square().mean()})
 
 
+class Leaves(nn.Module):
+    """Blocks that are given a parameter of the model, whose gradient is whole before theirs are; in lists of lists."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(9)
+        self.scale = nn.Parameter(torch.full((6,), 0.7))
+        self.pairs = nn.ModuleList(nn.ModuleList(Leaf() for _ in range(2)) for _ in range(2))
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in (block for pair in self.pairs for block in pair):
+            x = block(x, scale=self.scale)
+        return x
+
+
+class Leaf(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 9), nn.Linear(9, 6)
+
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        return x + self.down(torch.tanh(self.up(x))) * scale
+
+
 class Frozen(nn.Module):
     """Little that is trained beside much that is not: the frozen weights still lead to the gradient of the input."""
 
@@ -223,13 +248,23 @@ def train_blocks(make: Callable[[], nn.Module], settings: dict[str, Any]) -> tup
     [
         Twice,
         Branches,
+        Leaves,
         Frozen,
         partial(Checkpointed, 1, False),
         partial(Checkpointed, 2, False),
         partial(Checkpointed, 1, True),
         partial(Checkpointed, 2, True),
     ],
-    ids=["run twice", "branches", "frozen", "recomputed", "recomputed by twos", "reentrant", "reentrant by twos"],
+    ids=[
+        "run twice",
+        "branches",
+        "leaves",
+        "frozen",
+        "recomputed",
+        "recomputed by twos",
+        "reentrant",
+        "reentrant by twos",
+    ],
 )
 @pytest.mark.parametrize("settings", [{}, {"reshard_after_forward": False}, {"prefetch": False}])
 def test_three_steps_are_those_of_one_process(make: Callable[[], nn.Module], settings: dict[str, Any]) -> None:
@@ -246,6 +281,29 @@ def test_three_steps_are_those_of_one_process(make: Callable[[], nn.Module], set
             assert name not in gradients or torch.allclose(gradients[name], expected, rtol=1e-9, atol=1e-13)
             assert (name in gradients) == parameter.requires_grad
         assert left == 8 * len(gradients | found)  # one NaN for each parameter
+
+
+@pytest.mark.parametrize("settings", [{}, {"reshard_after_forward": False}, {"prefetch": False}])
+@pytest.mark.parametrize("make", [Leaves, partial(Checkpointed, 1, False)])
+def test_a_retained_graph_is_gone_through_again(make: Callable[[], nn.Module], settings: dict[str, Any]) -> None:
+    def ranks() -> dict[str, Tensor]:
+        model = make()
+        zero = Zero(model, torch.optim.SGD(model.parameters(), lr=0.1), stage=3, **settings)
+        x = input_of(dist.get_rank(), 0).requires_grad_()
+        out = model(x)
+        out.square().mean().backward(retain_graph=True)
+        out.cos().mean().backward()
+        assert x.grad is not None
+        return zero.gradients() | {"x": x.grad}
+
+    model = make()
+    inputs = [input_of(rank, 0).requires_grad_() for rank in range(3)]
+    for x in inputs:
+        out = model(x)
+        (out.square().mean() + out.cos().mean()).backward()
+    expected = {name: parameter.grad / 3 for name, parameter in model.named_parameters() if parameter.grad is not None}
+    for found, x in zip(simulate_ranks(ranks, 3).results, inputs, strict=True):
+        torch.testing.assert_close(found, expected | {"x": x.grad}, rtol=1e-10, atol=1e-13)
 
 
 def test_who_is_gathered_when() -> None:

@@ -1,6 +1,7 @@
 """States: gathered for one process, in parts for as many ranks, and parts for another number of ranks."""
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +181,41 @@ def test_the_state_of_one_process_is_divided(expected: dict[str, dict[str, Tenso
     state = {"model": alone.state_dict(), "optimizer": optimizer.state_dict()}
     for found in simulate_ranks(load, 3, state).results + simulate_ranks(begin_in_the_middle, 2).results:
         agree(found, expected["adamw"])
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_ranks_without_a_number_of_their_own_count_the_same_steps(stage: int) -> None:
+    def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(model.parameters(), lr=0.1)
+
+    def steps_of(model: nn.Module, optimizer: Any, first: int) -> None:
+        for step in range(first, first + 2):
+            optimizer.zero_grad()
+            model(torch.full((2, 3), step + 1.0)).square().mean().backward()
+            optimizer.step()
+
+    alone = nn.Linear(3, 1)
+    start = {name: tensor.clone() for name, tensor in alone.state_dict().items()}
+    optimizer = optimizer_of(alone)
+    steps_of(alone, optimizer, 0)
+    middle = {"model": alone.state_dict(), "optimizer": optimizer.state_dict()}
+    middle = pickle.loads(pickle.dumps(middle))
+
+    def ranks() -> tuple[dict[str, Any], dict[str, Any]]:
+        model = nn.Linear(3, 1)
+        model.load_state_dict(start)
+        zero = Zero(model, optimizer_of(model), stage=stage)  # 5 numbers, 3 of padding
+        zero.load_state_dict(middle)
+        at_once = zero.state_dict(everywhere=True)
+        steps_of(model, zero, 2)
+        return at_once, zero.state_dict(everywhere=True)
+
+    results = simulate_ranks(ranks, 8).results
+    steps_of(alone, optimizer, 2)
+    for at_once, later in results:
+        assert torch.equal(at_once["optimizer"]["state"][1]["exp_avg"], middle["optimizer"]["state"][1]["exp_avg"])
+        assert all(float(state["step"]) == 4 for state in later["optimizer"]["state"].values())
+        torch.testing.assert_close(later["model"], dict(alone.state_dict()))
 
 
 def test_parts_are_files_of_tensors_and_text(tmp_path: Path, expected: dict[str, dict[str, Tensor]]) -> None:
