@@ -31,6 +31,7 @@ class _WorldOfThread:
     def __init__(self, outside: Any) -> None:
         object.__setattr__(self, "_outside", outside)
         object.__setattr__(self, "_local", threading.local())
+        object.__setattr__(self, "_threads", [])
 
     def _record(self) -> Any:
         return getattr(self._local, "record", self._outside)
@@ -38,6 +39,11 @@ class _WorldOfThread:
     def enter(self) -> None:
         """Give the calling thread an empty record."""
         self._local.record = _Record()
+        self._threads.append(threading.current_thread())
+
+    def is_in_use(self) -> bool:
+        """Whether a thread with a record of its own is still alive."""
+        return any(thread.is_alive() for thread in self._threads)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._record(), name)
@@ -67,7 +73,7 @@ class _Record(distributed_c10d._World):
 def worlds_by_thread() -> Iterator[Callable[[], None]]:
     """While this is open, a thread that has called what it gives sees none but its own process groups.
 
-    Every other thread goes on with the record that there was.
+    Every other thread goes on with the record that there was; and so it is after the end, for those that are late.
     """
     before = distributed_c10d._world
     world = _WorldOfThread(before)
@@ -78,7 +84,8 @@ def worlds_by_thread() -> Iterator[Callable[[], None]]:
         yield world.enter
     finally:
         isolate(False)
-        distributed_c10d._world = before
+        if not world.is_in_use():  # else, after a time-out, the late thread would find the caller's groups for its own
+            distributed_c10d._world = before
 
 
 def group_key(options: Any) -> tuple[str, tuple[int, ...]]:

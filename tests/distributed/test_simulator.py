@@ -1,5 +1,6 @@
 """The simulated cluster: what it promises of ranks, generators, errors in words, and of leaving nothing behind."""
 
+import contextlib
 import gc
 import os
 import sys
@@ -162,6 +163,33 @@ def test_a_tensor_that_is_changed_before_its_message_has_gone_is_found() -> None
         simulate_ranks(ranks, 2)
 
 
+def test_a_mismatch_that_the_program_catches_still_ends_it() -> None:
+    def ranks() -> None:
+        with contextlib.suppress(Exception):
+            dist.all_reduce(torch.ones(dist.get_rank() + 1))
+        dist.barrier()
+
+    with pytest.raises(MismatchError, match="rank 1 called all_reduce, SUM, 8 bytes"):
+        simulate_ranks(ranks, 2)
+
+
+def test_an_average_of_whole_numbers_is_refused_as_by_gloo() -> None:
+    with pytest.raises(RankError, match=r"TypeError: AVG needs floating-point or complex numbers, got torch\.int64"):
+        simulate_ranks(lambda: dist.all_reduce(torch.ones(2, dtype=torch.int64), dist.ReduceOp.AVG), 2)
+
+
+def test_only_the_numbers_count_not_their_shape() -> None:
+    def ranks() -> torch.Tensor:
+        x = torch.arange(6.0).view((3, 2) if dist.get_rank() else (1, 6))
+        dist.all_reduce(x)
+        return x
+
+    first, second = simulate_ranks(ranks, 2).results
+
+    assert torch.equal(first, 2 * torch.arange(6.0).view(1, 6))
+    assert torch.equal(second, 2 * torch.arange(6.0).view(3, 2))
+
+
 def test_the_first_failing_rank_and_its_own_exception() -> None:
     def ranks() -> None:
         if dist.get_rank() == 2:
@@ -231,6 +259,31 @@ def test_a_rank_that_does_not_come_back_is_named_with_its_place() -> None:
     for thread in threading.enumerate():
         if thread.name.startswith("rank "):
             thread.join()
+
+
+def test_a_late_rank_leaves_the_callers_own_group_alone() -> None:
+    gate = threading.Event()
+    seen = []
+
+    def ranks() -> None:
+        gate.wait()
+        seen.append(dist.get_world_size())
+        dist.barrier()
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(TimeoutError, match=r"rank 1 waits for its turn"):
+            simulate_ranks(ranks, 2, timeout=0.2)
+        gate.set()
+        for thread in threading.enumerate():
+            if thread.name.startswith("rank "):
+                thread.join()
+        assert seen == [2]
+        assert dist.is_initialized()
+        assert dist.get_world_size() == 1
+        assert simulate_ranks(dist.get_world_size, 3).results == [3, 3, 3]
+    finally:
+        dist.destroy_process_group()
 
 
 def test_nothing_is_left_behind() -> None:
@@ -373,7 +426,12 @@ def test_a_listener_needs_a_simulated_rank() -> None:
         ({"world_size": 0}, ValueError, "world_size must be at least 1, got 0"),
         ({"world_size": 2.0}, TypeError, "world_size must be an integer, got 2.0"),
         ({"world_size": True}, TypeError, "world_size must be an integer, got True"),
-        ({"timeout": 0}, ValueError, "timeout must be above 0 seconds, got 0"),
+        ({"seed": 1.5}, TypeError, "seed must be an integer, got 1.5"),
+        ({"network": 3}, TypeError, "network must be a Network or None, got 3"),
+        ({"timeout": "3"}, TypeError, "timeout must be a number, got '3'"),
+        ({"timeout": 0}, ValueError, "timeout must be above 0 seconds and finite, got 0"),
+        ({"timeout": float("inf")}, ValueError, "timeout must be above 0 seconds and finite, got inf"),
+        ({"flops_per_second": "fast"}, TypeError, "flops_per_second must be a number, got 'fast'"),
         ({"flops_per_second": -1.0}, ValueError, "flops_per_second must be above 0, got -1.0"),
     ],
 )

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minillm.distributed import Network, RankError, Simulation, Span, compute, now, simulate_ranks, start
+from minillm.distributed import Network, RankError, Simulation, Span, annotate, compute, now, simulate_ranks, start
 from minillm.distributed.tensor_collectives import all_gather_tensor
 
 A, B = 1e-3, 1e6  # seconds, bytes per second
@@ -127,6 +127,90 @@ def test_collectives_of_one_group_follow_one_another() -> None:
         return now()
 
     assert simulate_ranks(ranks, 2, network=SLOW).makespan == pytest.approx(3 * 0.004)
+
+
+def test_a_collective_starts_when_the_last_rank_has_come() -> None:
+    def ranks() -> float:
+        compute(3.0 * (dist.get_rank() == 1))
+        dist.all_reduce(torch.ones(2 * FLOATS))
+        return now()
+
+    simulation = simulate_ranks(ranks, 2, network=SLOW)
+
+    assert simulation.results == [pytest.approx(3.004)] * 2
+    assert [message.start for message in simulation.messages] == [3.0] * 2
+    assert spans(simulation, 0, "wait") == [("all_reduce", 0.0, pytest.approx(3.004))]
+
+
+def test_a_collective_takes_the_ports_to_receive_too() -> None:
+    def ranks() -> None:
+        pair = dist.new_group([0, 1])
+        inbox = torch.empty(FLOATS)
+        if dist.get_rank() == 2:
+            compute(0.001)
+            dist.send(inbox, 1)
+            return
+        work = dist.all_reduce(torch.ones(2 * FLOATS), group=pair, async_op=True)
+        if dist.get_rank() == 1:
+            dist.recv(inbox, 2)
+        assert work is not None
+        work.wait()
+
+    *_, sent = simulate_ranks(ranks, 3, network=SLOW).messages
+
+    assert (sent.source, sent.start, sent.end) == (2, pytest.approx(0.004), pytest.approx(0.006))
+
+
+def test_what_is_posted_first_by_the_clock_goes_first() -> None:
+    def ranks() -> None:
+        pair = dist.new_group([0, 1])
+        inbox = torch.empty(FLOATS)
+        work = dist.irecv(inbox, 2) if dist.get_rank() == 1 else None
+        if dist.get_rank() == 2:
+            dist.send(inbox, 1)  # at 0, though the ranks before it have gone ahead to 10
+            return
+        compute(10.0)
+        dist.all_reduce(torch.ones(2 * FLOATS), group=pair)
+        if work is not None:
+            work.wait()
+
+    sent, *_ = simulate_ranks(ranks, 3, network=SLOW).messages
+
+    assert (sent.source, sent.start, sent.end) == (2, 0.0, pytest.approx(0.002))
+
+
+def test_uneven_parts_take_as_long_as_the_largest_and_are_logged_one_by_one() -> None:
+    def ranks() -> list[float]:
+        rank, marks = dist.get_rank(), []
+        splits = [[0, 1000, 2000], [3000, 0, 4000], [5000, 6000, 0]]
+        mine, theirs = splits[rank], [splits[other][rank] for other in range(3)]
+        send, receive = (torch.empty(sum(sizes), dtype=torch.uint8) for sizes in (mine, theirs))
+        dist.all_to_all_single(receive, send, theirs, mine)
+        marks.append(now())
+        chunks = [torch.empty(1000 * (place + 1), dtype=torch.uint8) for place in range(3)]
+        dist.all_gather(chunks, chunks[rank].clone())
+        marks.append(now())
+        dist.reduce(torch.empty(10, dtype=torch.uint8), 0)
+        return [*marks, now()]
+
+    simulation = simulate_ranks(ranks, 3, network=SLOW)
+
+    # To the next rank at most 5000 bytes go, to the one after it at most 6000; then 2 steps of at most 3000.
+    ends = [2 * A + 11000 / B, 4 * A + 17000 / B, 6 * A + 17010 / B]
+    assert simulation.results == [pytest.approx(ends)] * 3
+    sent = {(m.source, m.destination): m.n_bytes for m in simulation.messages if m.operation == "all_to_all"}
+    assert sent == {(0, 1): 1000, (0, 2): 2000, (1, 0): 3000, (1, 2): 4000, (2, 0): 5000, (2, 1): 6000}
+
+
+def test_a_message_bears_the_senders_label() -> None:
+    def ranks() -> None:
+        with annotate(f"rank {dist.get_rank()}'s"):
+            if dist.get_rank() == 0:
+                dist.send(torch.ones(1), 1)
+            else:
+                dist.recv(torch.ones(1), 0)
+
+    assert [message.label for message in simulate_ranks(ranks, 2).messages] == ["rank 0's"]
 
 
 def test_the_links_inside_a_node_are_their_own() -> None:

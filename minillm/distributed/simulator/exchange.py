@@ -88,7 +88,10 @@ class Exchange:
         self._tell(rank, group, call.operation, call.chunks, _bytes_sent(call), tensors)
         if len(meeting.calls) == len(group.ranks):
             del self._meetings[group, count]
-            self._hold(group, [meeting.calls[place] for place in range(len(group.ranks))], meeting.event)
+            try:
+                self._hold(group, [meeting.calls[place] for place in range(len(group.ranks))], meeting.event)
+            except Exception as error:  # the others' calls would never be done
+                self._scheduler.fail(rank, error)
             meeting.calls.clear()  # the event knows its meeting: in that circle the tensors would outlive their work
         return meeting.event
 
@@ -97,7 +100,10 @@ class Exchange:
         for call in calls:
             if any(entry.changed() for entry in call.marks):
                 raise MismatchError(_changed(group.ranks[call.rank], call.operation))
-        move(calls)
+        try:
+            move(calls)
+        except MismatchError as error:
+            raise MismatchError(f"{calls[0].operation} on {group}: {error}") from None
         operation, ready = calls[0].operation, max(call.posted for call in calls)
         sent = _pairs(calls)
         seconds = _seconds(calls, *self._network.link(group.ranks))
@@ -151,13 +157,14 @@ class Exchange:
     def _deliver(self, send: _Post, receive: _Post) -> None:
         source, destination = send.rank.index, receive.rank.index
         if send.mark.changed():
-            raise MismatchError(_changed(source, "send"))
+            self._scheduler.fail(send.rank, MismatchError(_changed(source, "send")))
         sent, taken = send.tensor.detach(), receive.tensor.detach()
         if sent.numel() != taken.numel() or sent.dtype != taken.dtype:
-            raise MismatchError(
+            words = (
                 f"rank {source} sends {sent.numel()} elements of {sent.dtype} to rank {destination}, which expects "
                 f"{taken.numel()} of {taken.dtype}"
             )
+            self._scheduler.fail(send.rank, MismatchError(words))
         taken.copy_(sent.reshape(taken.shape))
         receive.source = source
         latency, bandwidth = self._network.link([source, destination])

@@ -169,9 +169,13 @@ def _fold(tensors: Sequence[Tensor], reduce_op: ReduceOp.RedOpType | None) -> Te
     if reduce_op not in _FOLD:
         raise ValueError(f"the simulator reduces by {', '.join(op.name for op in _FOLD)}, got {reduce_op}")
     total = tensors[0].detach().clone()
+    if reduce_op == ReduceOp.AVG and not (total.is_floating_point() or total.is_complex()):
+        raise TypeError(f"AVG needs floating-point or complex numbers, got {total.dtype}")
     fold = _FOLD[reduce_op]
     for tensor in tensors[1:]:
-        total = fold(total, tensor.detach())
+        if tensor.numel() != total.numel():
+            raise MismatchError(f"{total.numel()} and {tensor.numel()} elements cannot be reduced together")
+        total = fold(total, tensor.detach().reshape(total.shape))  # as in C++, only the numbers count
     return total / len(tensors) if reduce_op == ReduceOp.AVG else total
 
 

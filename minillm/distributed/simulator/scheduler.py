@@ -15,7 +15,7 @@ import time
 import traceback
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -77,6 +77,8 @@ class Scheduler:
     def __init__(self, world_size: int, seed: int) -> None:
         self.ranks = [Rank(index, self, seed + index) for index in range(world_size)]
         self.spans: list[Span] = []
+        self._running: Rank | None = None
+        self.given_up = False  # nobody waits for the ranks any more, and what is global is the caller's again
         self._failure: BaseException | None = None
         self._finished = threading.Semaphore(0)
 
@@ -101,6 +103,7 @@ class Scheduler:
                 raise self._failure
         except BaseException as error:
             self._failure = self._failure or error  # Ctrl-C: every rank ends at its next call
+            self.given_up = True
             raise
         finally:
             if self._failure is not None:
@@ -131,7 +134,7 @@ class Scheduler:
             rank.event = event
             following = self._next()
             if following is None:
-                self._fail(DeadlockError(self._deadlock()))
+                self.fail(rank, DeadlockError(self._deadlock()))
             else:
                 self._hand_over(rank, following)
             rank.event = None
@@ -159,10 +162,8 @@ class Scheduler:
                 main(rank)
             except Aborted:
                 pass
-            except (DeadlockError, MismatchError) as error:
-                self._failure = self._failure or error
             except BaseException as error:  # also SystemExit: a rank that leaves is a rank that failed
-                self._failure = self._failure or RankError.of(rank.index, error)
+                self._note(rank, error)
             rank.done = True
             self._leave()
 
@@ -192,11 +193,18 @@ class Scheduler:
         torch.set_rng_state(rank.generator_state)
 
     def _resume(self, rank: Rank) -> None:
+        self._running = rank
         rank.baton.release()
 
-    def _fail(self, error: BaseException) -> None:
-        self._failure = self._failure or error
+    def fail(self, rank: Rank, error: Exception) -> NoReturn:
+        """End the simulation by an error that `rank` has met, and raise it there, whether or not `fn` catches it."""
+        self._note(rank, error)
         raise error
+
+    def _note(self, rank: Rank, error: BaseException) -> None:
+        if self._failure is None:
+            of_all = isinstance(error, DeadlockError | MismatchError)
+            self._failure = error if of_all else RankError.of(rank.index, error)
 
     def _deadlock(self) -> str:
         lines = [
@@ -213,6 +221,8 @@ class Scheduler:
                 lines.append(f"rank {rank.index} has returned")
             elif rank.event is not None:
                 lines.append(f"rank {rank.index} waits for {rank.event}")
+            elif rank is not self._running:
+                lines.append(f"rank {rank.index} waits for its turn")
             elif thread.ident in frames:
                 place = traceback.extract_stack(frames[thread.ident])[-1]
                 lines.append(f"rank {rank.index} is in {place.name}, {place.filename}:{place.lineno}")

@@ -80,7 +80,7 @@ def simulate_ranks(
         TimeoutError: it took longer than `timeout`.
         ValueError, TypeError: an argument out of range; a simulation within a simulated rank.
     """
-    _check(fn, world_size, flops_per_second, timeout)
+    _check(fn, world_size, network, flops_per_second, seed, timeout)
     scheduler = Scheduler(world_size, seed)
     exchange = Exchange(scheduler, network or Network())
     store = dist.HashStore()  # type: ignore[attr-defined]
@@ -95,7 +95,7 @@ def simulate_ranks(
             with contextlib.nullcontext() if flops_per_second is None else FlopClock():  # type: ignore[no-untyped-call]
                 results[rank.index] = fn(*args)
         finally:
-            if dist.is_initialized():
+            if dist.is_initialized() and not scheduler.given_up:
                 dist.destroy_process_group()
 
     hook = sys.excepthook  # each init_process_group puts a hook that names the rank around the one before
@@ -112,16 +112,29 @@ def simulate_ranks(
     return Simulation(results, exchange.messages, sent, timeline, makespan)
 
 
-def _check(fn: Callable[..., Any], world_size: int, flops_per_second: float | None, timeout: float) -> None:
+def _check(
+    fn: Callable[..., Any],
+    world_size: int,
+    network: Network | None,
+    flops_per_second: float | None,
+    seed: int,
+    timeout: float,
+) -> None:
     if not callable(fn):
         raise TypeError(f"fn must be a function, got {fn!r}")
-    if isinstance(world_size, bool) or not isinstance(world_size, int):
-        raise TypeError(f"world_size must be an integer, got {world_size!r}")
+    for name, whole in (("world_size", world_size), ("seed", seed)):
+        if isinstance(whole, bool) or not isinstance(whole, int):
+            raise TypeError(f"{name} must be an integer, got {whole!r}")
+    for name, number in (("flops_per_second", flops_per_second or 1.0), ("timeout", timeout)):
+        if isinstance(number, bool) or not isinstance(number, int | float):
+            raise TypeError(f"{name} must be a number, got {number!r}")
+    if network is not None and not isinstance(network, Network):
+        raise TypeError(f"network must be a Network or None, got {network!r}")
     if world_size < 1:
         raise ValueError(f"world_size must be at least 1, got {world_size}")
     if flops_per_second is not None and not flops_per_second > 0:
         raise ValueError(f"flops_per_second must be above 0, got {flops_per_second}")
-    if not timeout > 0:
-        raise ValueError(f"timeout must be above 0 seconds, got {timeout}")
+    if not 0 < timeout <= threading.TIMEOUT_MAX:
+        raise ValueError(f"timeout must be above 0 seconds and finite, got {timeout}")
     if current_rank() is not None:
         raise ValueError("simulate_ranks cannot be called on a simulated rank")
