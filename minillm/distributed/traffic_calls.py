@@ -157,6 +157,7 @@ _C10D: dict[str, _Known] = {
     "alltoall_": _Known(2, _by_rank("all_to_all", 1)),
     "alltoall_base_": _Known(2, _rows(1, 4)),
     "gather_": _Known(2, _parts("gather", 1), root=3),
+    "gather_into_tensor_": _Known(2, _parts("gather", 1), root=3),
     "scatter_": _Known(2, _parts("scatter", 0), root=3),
     "send": _Known(1, _message("send")),
     "recv_": _Known(1, _message("recv")),

@@ -190,6 +190,18 @@ def test_only_the_numbers_count_not_their_shape() -> None:
     assert torch.equal(second, 2 * torch.arange(6.0).view(3, 2))
 
 
+def test_a_part_of_a_buffer_may_go_while_its_neighbour_changes() -> None:
+    def ranks() -> list[float]:
+        buffer = torch.zeros(4)
+        work = dist.all_reduce(buffer[:2], async_op=True)
+        buffer[2:] += 1
+        assert work is not None
+        work.wait()
+        return buffer.tolist()
+
+    assert simulate_ranks(ranks, 2).results == [[0.0, 0.0, 1.0, 1.0]] * 2
+
+
 def test_the_first_failing_rank_and_its_own_exception() -> None:
     def ranks() -> None:
         if dist.get_rank() == 2:
@@ -412,6 +424,17 @@ def test_a_listener_hears_of_its_own_ranks_calls_only() -> None:
         [("send", 12, 12, "a greeting"), ("all_reduce", 16, 16, "")],
         [("recv", 12, 0, ""), ("all_reduce", 16, 16, "")],
     ]
+
+
+def test_a_listener_is_told_the_place_within_the_group() -> None:
+    def ranks() -> list[tuple[int, int]]:
+        groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+        heard = []
+        with subscribe(lambda call: heard.append((call.group_size, call.rank_in_group))):
+            dist.all_reduce(torch.ones(4), group=groups[dist.get_rank() // 2])
+        return heard
+
+    assert simulate_ranks(ranks, 4).results == [[(2, 0)], [(2, 1)], [(2, 0)], [(2, 1)]]
 
 
 def test_a_listener_needs_a_simulated_rank() -> None:

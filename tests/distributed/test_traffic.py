@@ -53,8 +53,9 @@ def _every_call() -> list[TrafficEvent]:
         dist.gather(part, [torch.empty(4) for _ in range(n)] if rank == 1 else None, dst=1)
         dist.scatter(part, list(torch.ones(n, 4)) if rank == 1 else None, src=1)
         dist.all_to_all_single(torch.empty(n, 3), torch.ones(n, 3))
-        counts = [(rank + other) % 3 for other in range(n)]  # rows from rank a to rank b: (a + b) mod 3, also none
-        dist.all_to_all_single(torch.empty(sum(counts), 2), torch.ones(sum(counts), 2), counts, counts)
+        leave = [(2 * rank + other) % 4 for other in range(n)]  # rows from rank a to rank b: (2 a + b) mod 4, also none
+        come = [(2 * other + rank) % 4 for other in range(n)]
+        dist.all_to_all_single(torch.empty(sum(come), 2), torch.ones(sum(leave), 2), come, leave)
         dist.barrier()
         if rank < 2:
             dist.all_reduce(part, group=pair)
@@ -102,7 +103,7 @@ def test_what_all_ranks_send_is_what_must_arrive(run: Callable[..., Counts]) -> 
     assert arrives["reduce"] == (n - 1) * odd
     assert arrives["reduce_scatter"] == 3 * (n - 1) * even
     assert arrives["gather"] == arrives["scatter"] == (n - 1) * 16
-    uneven = sum((a + b) % 3 * 8 for a in range(n) for b in range(n) if a != b)
+    uneven = sum((2 * a + b) % 4 * 8 for a in range(n) for b in range(n) if a != b)
     assert arrives["all_to_all"] == n * (n - 1) * 12 + uneven + (n - 1) * even
     assert arrives["all_reduce"] == 2 * (n - 1) * (3 * odd + even + 16) + 2 * 16
     assert arrives["send"] == 2 * odd + even
