@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -24,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from minillm.distributed.gradient_reducer import GradientReducer
 from minillm.distributed.labels import annotate
+from minillm.distributed.owner import check_unclaimed, claim, release
 from minillm.distributed.replicas import broadcast_from_first, check_replicas, state_buffers
 
 
@@ -98,8 +98,7 @@ class DataParallel(nn.Module):
         self._parameters_then = [(name, p, p.requires_grad) for name, p in self.module.named_parameters()]
         learned = {name: parameter for name, parameter, learns in self._parameters_then if learns}
         self._reducer = GradientReducer(learned, self.group, **self._options)
-        for _, parameter, _ in self._parameters_then:
-            parameter._wrapped_by = _WrappedBy(weakref.ref(self._reducer))  # type: ignore[attr-defined]
+        claim(self.module.parameters(), self._reducer, "DataParallel")
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the model gives for these arguments."""
@@ -135,8 +134,7 @@ class DataParallel(nn.Module):
     def unwrap(self) -> nn.Module:
         """The model without hooks, free to be wrapped again. This wrapper synchronises nothing from then on."""
         self._reducer.detach()
-        for _, parameter, _ in self._parameters_then:
-            parameter._wrapped_by = _WrappedBy()  # type: ignore[attr-defined]
+        release(parameter for _, parameter, _ in self._parameters_then)
         return self.module
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
@@ -165,16 +163,6 @@ class DataParallel(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError("a DataParallel belongs to its process group and cannot be pickled: pickle .module instead")
-
-
-class _WrappedBy:
-    """Says on a parameter who reduces its gradient; a pickled copy of the parameter belongs to nobody."""
-
-    def __init__(self, owner: Callable[[], GradientReducer | None] = lambda: None) -> None:
-        self.owner = owner
-
-    def __reduce__(self) -> Any:
-        return _WrappedBy, ()
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:
@@ -212,7 +200,4 @@ def _check_arguments(
     for name, parameter in model.named_parameters():
         if nn.parameter.is_lazy(parameter) or parameter.is_meta:
             raise ValueError(f"model must have values, got a parameter without: {name!r}")
-        if getattr(parameter, "_wrapped_by", _WrappedBy()).owner() is not None:
-            raise ValueError(
-                f"model must not be wrapped twice: {name!r} belongs to a DataParallel; unwrap() that first"
-            )
+    check_unclaimed(model)

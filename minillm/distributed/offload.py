@@ -22,6 +22,7 @@ from minillm.distributed.offload_link import Link
 from minillm.distributed.offload_shipping import GradientShipping
 from minillm.distributed.offload_state import StateOnHost
 from minillm.distributed.offload_updates import HostUpdates
+from minillm.distributed.owner import check_unclaimed, claim
 from minillm.distributed.zero_mics import Ranks
 from minillm.distributed.zero_optimizer import elementwise_state
 from minillm.distributed.zero_units import cast_inputs, units_of
@@ -104,6 +105,7 @@ class Offload:
     ) -> None:
         check_arguments(bucket_bytes, delay_after, reduction, parameter_dtype, link_bandwidth, host_speed)
         group_of = groups_of(model, optimizer)
+        check_unclaimed(model)
         if group is not None or dist.is_initialized():
             self.ranks = Ranks.of(group, None)
         else:
@@ -126,6 +128,7 @@ class Offload:
         if parameter_dtype is not None:
             cast_inputs([model], parameter_dtype)
         self._shipping = GradientShipping(self.buckets, self.ranks)
+        claim(model.parameters(), self._shipping, "Offload")
         self._updates = HostUpdates(self.buckets, host_speed)
         divided = elementwise_state(optimizer, self.buckets[0].master.dtype, torch.device("cpu"))
         self._state = StateOnHost(model, optimizer, self.buckets, self.ranks, divided)

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from minillm.distributed.labels import annotate
+from minillm.distributed.owner import check_unclaimed, claim
 from minillm.distributed.zero_blocks import BlockGatherer
 from minillm.distributed.zero_gradients import FlatGradients, GradientReducer
 from minillm.distributed.zero_loading import load
@@ -67,8 +68,8 @@ class Zero:
         bucket_bytes: stages 1 and 2 send gradients off in buckets of about that many bytes.
 
     Raises:
-        ValueError, TypeError: an argument outside of what is said here, with the reason; an optimizer that is not
-            elementwise.
+        ValueError, TypeError: an argument outside of what is said here, with the reason; a model that is wrapped
+            already; an optimizer that is not elementwise.
     """
 
     def __init__(
@@ -96,6 +97,7 @@ class Zero:
             raise ValueError(f"bucket_bytes must be an int of at least 1, got {bucket_bytes!r}")
         if parameter_dtype is not None and not parameter_dtype.is_floating_point:
             raise ValueError(f"parameter_dtype must be None or a floating dtype, got {parameter_dtype}")
+        check_unclaimed(model)
         self.model, self.stage = model, stage
         self.ranks = Ranks.of(group, replicate_group)
         self._optimizer = ShardedOptimizer(optimizer, model)
@@ -123,6 +125,7 @@ class Zero:
         self._reducer = GradientReducer(
             [gradients for unit in self.units for gradients in unit.gradients], stage=stage, in_turn=stage < 3
         )
+        claim(model.parameters(), self._reducer, "Zero")
         self._saver = StateSaver(self._entries, self._optimizer, self._flats)
         learnt = self._optimizer.take(self._flats)
         for flat in self._flats:
@@ -208,6 +211,7 @@ class Zero:
 
         Raises:
             ValueError: a parameter has been frozen, or trained, that was not when this was made.
+            RuntimeError: the last backward did not come to its end: `zero_grad` forgets it.
         """
         for flat in self._flats:
             for place in flat.places:

@@ -227,7 +227,13 @@ class GradientReducer:
                 bucket.finish_replication()
 
     def finish(self) -> None:
-        """Complete what `no_sync` has put off; a bucket that no pass has reached gets zeros if others have any."""
+        """Complete what `no_sync` has put off; a bucket that no pass has reached gets zeros if others have any.
+
+        Raises:
+            RuntimeError: a backward pass was broken off.
+        """
+        if self.in_backward:
+            raise RuntimeError("the last backward did not come to its end: zero_grad() forgets what it has left")
         for bucket in self.buckets:
             if bucket.holds_own:
                 self.launch(bucket)

@@ -495,6 +495,8 @@ def test_an_error_in_backward_is_over_with_zero_grad() -> None:
         with pytest.raises(ValueError, match="stop here"):
             loss_of(model, tokens_of(0, 0)).backward()
         handle.remove()
+        with pytest.raises(RuntimeError, match="did not come to its end"):
+            zero.step()
         zero.zero_grad()
         loss_of(model, tokens_of(0, 0)).backward()
         loss_of(plain, tokens_of(0, 0)).backward()
