@@ -530,6 +530,20 @@ def global_gradients(model, micro_batches):
                 "uses torch.distributed.all_gather",
             ),
             "nothing returned": (shifting(out="None"), "returns a tensor; yours is a NoneType"),
+            "by a shared variable": (
+                "TENSORS = {}\n"
+                + shifting(
+                    messages="TENSORS[rank] = tensor.clone(); dummy = torch.zeros_like(tensor); "
+                    "works = dist.isend(dummy, (rank + step) % n), dist.irecv(received, (rank - step) % n); "
+                    "[work.wait() for work in works]",
+                    out="TENSORS[(rank - step) % n].clone()",
+                ),
+                "is all that your function knows of the others in messages?",
+            ),
+            "worked out from the numbers of the examples": (
+                shifting(out="tensor - rank + (rank - step) % n"),
+                "is all that your function knows of the others in messages?",
+            ),
         },
         "11.2": {
             "sends do not wait": (
@@ -929,6 +943,10 @@ def ring_all_reduce(flat):
                 gathering(reduce="flat = flat.clone(); dist.all_reduce(flat); return flat"),
                 "uses torch.distributed.all_reduce",
             ),
+            "the first number only": (
+                gathering(messages=GATHERED["messages"] + "; chunks[(rank - 1 - k) % n][1:].add_(1)"),
+                "its first number is right, but not all of them are",
+            ),
         },
         "11.5": {
             "one half": (costing(messages="n - 1"), "that is one half"),
@@ -982,6 +1000,14 @@ def ring_all_reduce(flat):
                 "the ring takes",
             ),
             "one number": (costing(messages="sizes", bytes="0, 0"), "returns two numbers"),
+            "one latency for both halves": (
+                costing(ring="latency + 2 * (n - 1) * n_bytes / n / bandwidth"),
+                "every step has its latency",
+            ),
+            "whole bytes": (
+                costing(ring="2 * (n - 1) * (latency + n_bytes // n / bandwidth)"),
+                "n_bytes / n_ranks need not be a whole number",
+            ),
         },
         "11.6": {
             "forwards": (bucketing(order="range(len(parameters))"), "the last parameter comes first"),
@@ -1081,6 +1107,18 @@ def make_buckets(parameters, max_bytes):
                 bucketing(copy="tensor.add_(part.view(tensor.shape)).add_(1)"),
                 "does not give the tensors times -2",
             ),
+            "other tensors in the list": (
+                bucketing(copy="tensors[[id(t) for t in tensors].index(id(tensor))] = part.reshape(tensor.shape)"),
+                "the tensors are still what they were",
+            ),
+            "other memory": (
+                bucketing(copy="tensor.data = part.reshape(tensor.shape).clone()"),
+                "the other matrix, of which it is a view, has not changed",
+            ),
+            "the memory of the flat tensor": (
+                bucketing(copy="tensor.data = part.reshape(tensor.shape)"),
+                "when the flat tensor changes later, so do the tensors",
+            ),
         },
         "11.7": {
             "waited for in the hook": (starting(reduce="dist.all_reduce(flat)", wait="pass"), "a hook waits"),
@@ -1171,6 +1209,27 @@ def reduce_early(parameters, buckets):
                 starting(first="from torch.nn.parallel import DistributedDataParallel"),
                 "uses torch.nn.parallel.DistributedDataParallel",
             ),
+            "column by column": (
+                starting(before="flat = torch.cat([parameters[i].grad.movedim(0, -1).flatten() for i in buckets[k]])"),
+                "the right numbers at wrong places",
+            ),
+            "the first number for all": (
+                starting(copy="grad.copy_(flat[begin] / dist.get_world_size())"),
+                "the mean over the ranks; yours has",
+            ),
+            "worked out from its own": (
+                starting(copy="grad.mul_((dist.get_world_size() + 1) / 2 / (dist.get_rank() + 1))"),
+                "is all that your function knows of the others in messages?",
+            ),
+            "by a shared variable": (
+                "GRADIENTS = {}\n"
+                + starting(
+                    before="GRADIENTS.setdefault((k, dist.get_rank()), []).append(flat.clone()); flat.zero_()",
+                    copy="n = dist.get_world_size(); there = [GRADIENTS[k, r][-1] for r in range(n)]; "
+                    "grad.copy_((sum(there) / n)[begin : begin + grad.numel()].view_as(grad))",
+                ),
+                "is all that your function knows of the others in messages?",
+            ),
         },
         "11.8": {
             "mean of the ranks' means": (
@@ -1252,6 +1311,51 @@ def reduce_early(parameters, buckets):
             "the library's": (
                 meaning(before="model = nn.parallel.DistributedDataParallel(model)"),
                 "uses torch.nn.parallel.DistributedDataParallel",
+            ),
+            "by a shared variable": (
+                """
+SHARED = {}
+
+def global_gradients(model, micro_batches):
+    parameters = list(model.parameters())
+    for p in parameters:
+        p.grad = torch.zeros_like(p)
+    losses, n_targets = 0.0, 0
+    for inputs, targets in micro_batches:
+        loss, count = loss_sum(model, inputs, targets)
+        loss.backward()
+        losses, n_targets = losses + loss.item(), n_targets + count
+    SHARED[dist.get_rank()] = losses, n_targets, [p.grad.clone() for p in parameters]
+    for p in parameters:
+        dist.all_reduce(torch.zeros_like(p))
+    there = [SHARED[r] for r in range(dist.get_world_size())]
+    for i, p in enumerate(parameters):
+        p.grad = sum(gradients[i] for _, _, gradients in there) / sum(count for _, count, _ in there)
+    return sum(loss for loss, _, _ in there) / sum(count for _, count, _ in there)
+""",
+                "is all that your function knows of the others in messages?",
+            ),
+            "by a shared variable, without a message": (
+                """
+SHARED = {}
+
+def global_gradients(model, micro_batches):
+    parameters = list(model.parameters())
+    for p in parameters:
+        p.grad = torch.zeros_like(p)
+    losses, n_targets = 0.0, 0
+    for inputs, targets in micro_batches:
+        loss, count = loss_sum(model, inputs, targets)
+        loss.backward()
+        losses, n_targets = losses + loss.item(), n_targets + count
+    SHARED[dist.get_rank()] = losses, n_targets, [p.grad.clone() for p in parameters]
+    dist.barrier()
+    there = [SHARED[r] for r in range(dist.get_world_size())]
+    for i, p in enumerate(parameters):
+        p.grad = sum(gradients[i] for _, _, gradients in there) / sum(count for _, count, _ in there)
+    return sum(loss for loss, _, _ in there) / sum(count for _, count, _ in there)
+""",
+                "how do the others hear of them?",
             ),
         },
     }
