@@ -652,6 +652,13 @@ class ShardedOptimizer:
                 staging(after="[dist.all_reduce(p.data, op=dist.ReduceOp.AVG) for p in self.parameters]"),
                 "in all_reduce",
             ),
+            "through a variable": (
+                "shared = {}\n"
+                + staging(
+                    reduce="shared[self.rank] = flat; dist.barrier(); gradient = sum(shared.values())[self.own]",
+                ),
+                "ranks share no variables",
+            ),
             "the ranks with padding stay away": (
                 staging(reduce="if self.rank * self.size < 3 or len(flat) > 5: reduce_scatter_tensor(gradient, flat)"),
                 "do not call the same collective",
@@ -801,7 +808,7 @@ class ShardedOptimizer:
                     arrived="pass",
                     hooks=SHOWN["hooks"] + "; block.register_full_backward_hook(free)",
                 ),
-                "block 0's backward pass reads a tensor whose bytes have been freed: resize its storage and gather before it, and free",
+                "block 0's backward pass reads a tensor whose bytes have been freed: resize its storage",
             ),
             "freed at the first gradient": (
                 showing(arrived="free()"),
@@ -837,7 +844,8 @@ class ShardedOptimizer:
                     free="(store.append(full.clone()) if torch.is_grad_enabled() and not missing else None); "
                     "full.untyped_storage().resize_(0)",
                     end="full.untyped_storage().resize_(0)",
-                    begin_backward="full.untyped_storage().resize_(full.numel() * full.itemsize); full.copy_(store.pop())",
+                    begin_backward="full.untyped_storage().resize_(full.numel() * full.itemsize); "
+                    "full.copy_(store.pop())",
                 ),
                 "something refers to more of the parameters",
             ),
@@ -944,7 +952,8 @@ class ShardedOptimizer:
             "gathered": (
                 clipping(
                     reduce="whole = [p.new_empty(n * len(p)) for p, _ in parts]; "
-                    "[all_gather_tensor(w, torch.nn.functional.pad(p[:r], (0, len(p) - r))) for w, (p, r) in zip(whole, parts)]; "
+                    "[all_gather_tensor(w, torch.nn.functional.pad(p[:r], (0, len(p) - r))) "
+                    "for w, (p, r) in zip(whole, parts)]; "
                     "total = sum((w.double().square().sum() for w in whole), torch.zeros((), dtype=torch.float64))"
                 ),
                 "sums of squares are enough",
@@ -1085,11 +1094,11 @@ class ShardedOptimizer:
             ),
             "step divided": (
                 resharding(other="states[rank][key] = value / m if torch.is_tensor(value) else value"),
-                "step is 7",
+                "it is equal on all ranks",
             ),
             "step added up": (
                 resharding(other="states[rank][key] = sum(s[key] for s in saved) if torch.is_tensor(value) else value"),
-                "step is 7",
+                "it is equal on all ranks",
             ),
             "step shared": (resharding(other="states[rank][key] = value"), "shares its memory"),
             "parts shared": (resharding(clone=""), "shares its memory"),
@@ -1104,7 +1113,7 @@ class ShardedOptimizer:
                 resharding(clone=".clone()").replace(
                     "flat[rank * size : (rank + 1) * size].clone()", "flat[rank::m].clone()"
                 ),
-                "without the old padding",
+                "the parts follow each other",
             ),
             "the saved dictionaries changed": (
                 resharding(out="[s.pop('lr', 0) for s in saved] and states"),
@@ -1234,7 +1243,7 @@ def test_bytes_are_those_that_the_paper_prints(solution):
     adam = solution["bytes_each"](True, 2)
     for row in zero_table():
         gigabytes = solution["rank_bytes"](row.n_parameters, row.world_size, row.stage, adam) / 1e9
-        assert gigabytes == pytest.approx(float(row.printed), rel=0.01)
+        assert gigabytes == pytest.approx(float(row.printed), rel=0.03)
 
 
 def small_model() -> nn.Sequential:
