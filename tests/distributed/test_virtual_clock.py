@@ -288,12 +288,12 @@ def test_other_lanes_run_beside_and_do_one_thing_after_another() -> None:
 
 def test_flops_become_time() -> None:
     def ranks() -> float:
-        compute(flops=3e9, name="given")
+        compute(flops=3e3, name="given")
         weight = torch.ones(8, 16, requires_grad=True)
         (torch.ones(4, 8) @ weight).sum().backward()  # 2*4*8*16 forward, as much for the weight's gradient
         return now()
 
-    assert simulate_ranks(ranks, 1, flops_per_second=1e9).results == [pytest.approx(3 + 2 * 1024 / 1e9)]
+    assert simulate_ranks(ranks, 1, flops_per_second=1e9).results == [pytest.approx((3000 + 2 * 1024) / 1e9)]
 
 
 def test_a_clock_outside_of_a_simulation_is_the_real_one_and_work_costs_nothing() -> None:
