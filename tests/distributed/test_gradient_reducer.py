@@ -435,3 +435,16 @@ def test_gradients_are_held_once(overlap: bool) -> None:
     held, peak = simulated(ranks, 2)[0]
     assert held == 2.0  # parameters and gradients
     assert peak <= 2.4  # and a bucket of 1/8 on top, with what the simulator needs to add it up
+
+
+def test_what_other_groups_use_is_no_concern_of_this_one() -> None:
+    def ranks() -> list[bool]:
+        groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+        rank = dist.get_rank()
+        model = nn.ModuleList([nn.Linear(3, 2), nn.Linear(3, 2)])
+        wrapped = DataParallel(model, group=groups[rank // 2], find_unused_parameters=True)
+        sum(part(torch.ones(1, 3)).sum() for part in model[: 1 + rank // 2]).backward()  # type: ignore[union-attr]
+        assert wrapped is not None
+        return [parameter.grad is not None for parameter in model.parameters()]
+
+    assert simulate_ranks(ranks, 4).results == [[True, True, False, False]] * 2 + [[True] * 4] * 2

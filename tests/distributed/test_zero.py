@@ -218,6 +218,33 @@ def test_bytes_of_a_rank_are_the_papers(stage: int, n_ranks: int) -> None:
             assert found["optimizer state"] == expected["optimizer state"] + 4 * step_counts
 
 
+@pytest.mark.parametrize("stage", [1, 3])
+def test_gradients_in_the_masters_dtype_are_there_during_the_update_alone(stage: int) -> None:
+    def ranks() -> bool:
+        model = small_transformer(torch.float32)
+        zero = Zero(model, optimizer_for("adamw", model), stage=stage, parameter_dtype=torch.bfloat16)
+        share_of_loss(model, *batch(0, 0, 0), 10).backward()
+        zero.step()
+        return all(segment.grad is None for group in zero.param_groups for segment in group["params"])
+
+    assert simulate_ranks(ranks, 2).results == [True, True]
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_buffers_and_frozen_parameters_are_the_first_ranks_too(stage: int) -> None:
+    def ranks() -> list[bool]:
+        model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+        model[0].requires_grad_(False)
+        with torch.no_grad():
+            for tensor in (*model.parameters(), *model.buffers()):
+                tensor.fill_(dist.get_rank() + 7)
+        zero = Zero(model, torch.optim.SGD(model.parameters(), lr=0.1), stage=stage)
+        with zero.gathered():
+            return [bool((tensor == 7).all()) for tensor in model.state_dict().values()]
+
+    assert simulate_ranks(ranks, 3).results == [[True] * 9] * 3
+
+
 def test_gradients_in_stages_2_and_3_are_a_part_and_two_buckets_at_the_most() -> None:
     """One bucket is on its way, one is being filled, with a gradient that autograd has just made."""
     for stage in (2, 3):
