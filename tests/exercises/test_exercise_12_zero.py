@@ -688,6 +688,14 @@ class ShardedOptimizer:
                 sharding(reduce="reduce_scatter_tensor(mine, flat[: sizes[k]].repeat(n))"),
                 "that is part 0",
             ),
+            "through a variable": (
+                "shared = {}\n"
+                + sharding(
+                    reduce="shared[rank, k] = flat; dist.barrier(); whole = sum(shared[r, k] for r in range(n)); "
+                    "mine = whole[rank * sizes[k] : (rank + 1) * sizes[k]].clone(); dist.barrier()"
+                ),
+                "ranks share no variables",
+            ),
             "not freed": (sharding(free="pass"), "is still there: set it to None"),
             "zeros": (sharding(free="for i in buckets[k]: parameters[i].grad.zero_()"), "set it to None"),
             "freed one step later": (
