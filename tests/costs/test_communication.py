@@ -97,6 +97,14 @@ def test_the_busiest_rank_with_chunks_all_alike(operation: str, n: int) -> None:
     assert communication_bytes(operation, 12 * n, n) == busiest
 
 
+@pytest.mark.parametrize("root", [0, 1, 3])
+def test_a_chain_begins_or_ends_at_the_root(root: int) -> None:
+    last = (root - 1) % 4
+    for operation, silent in (("broadcast", last), ("reduce", root)):
+        sent = [bytes_sent_by_ring(operation, [5, 6, 7, 8], rank, root) for rank in range(4)]
+        assert sent == [0 if rank == silent else 26 for rank in range(4)]
+
+
 def test_an_all_reduce_sends_no_less_than_the_lower_bound() -> None:
     """Patarasuk and Yuan 2009: by no algorithm does the busiest rank send less than 2 (n-1)/n of the buffer."""
     for n in (2, 3, 5, 8):
