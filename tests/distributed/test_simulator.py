@@ -6,6 +6,7 @@ import os
 import sys
 import threading
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,41 @@ def test_a_receive_that_nobody_answers_and_its_tag_are_named() -> None:
 
     with pytest.raises(DeadlockError, match="rank 0 waits for recv from rank 1, tag 3"):
         simulate_ranks(ranks, 2)
+
+
+def a_send() -> None:
+    if dist.get_rank() == 0:
+        dist.isend(torch.ones(1), 1, tag=2)
+
+
+def a_receive() -> None:
+    if dist.get_rank() == 1:
+        dist.irecv(torch.ones(1), 0)
+
+
+def a_collective() -> None:
+    if dist.get_rank() == 0:
+        dist.all_reduce(torch.ones(1), async_op=True)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "words"),
+    [
+        (a_send, "rank 0: send to rank 1, tag 2"),
+        (a_receive, "rank 1: recv from rank 0"),
+        (a_collective, "all_reduce on group 0 of ranks 0, 1; not come: 1"),
+    ],
+)
+def test_what_nobody_waited_for_and_nobody_answered_is_told(ranks: Callable[[], None], words: str) -> None:
+    with pytest.raises(MismatchError, match="all ranks have returned, and nobody answered") as error:
+        simulate_ranks(ranks, 2)
+
+    assert words in str(error.value)
+
+
+def test_a_peer_that_is_not_there_is_refused() -> None:
+    with pytest.raises(RankError, match=r"ValueError: a message goes to or comes from a rank of 0 \.\.\. 1, got 2"):
+        simulate_ranks(lambda: dist.isend(torch.ones(1), 2) and None, 2)
 
 
 def different_operations() -> None:

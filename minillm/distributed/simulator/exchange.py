@@ -52,7 +52,7 @@ class _Post:
 
     def __init__(self, rank: Rank, tensor: Tensor, verb: str, peer: int | None, tag: int) -> None:
         self.rank, self.tensor, self.label, self.posted = rank, tensor, current_label(), rank.clock
-        self.mark = mark(tensor)
+        self.mark = mark(tensor) if verb == "send" else None  # a receive's is to be filled
         other = "any rank" if peer is None else f"rank {peer}"
         words = {"send": f"send to {other}", "recv": f"recv from {other}"}[verb]
         self.event = Event(verb, lambda: words + (f", tag {tag}" if tag else ""))
@@ -73,6 +73,13 @@ class Exchange:
         self._meetings: dict[tuple[Group, int], _Meeting] = {}
         self._sends: dict[tuple[Group, int, int], list[tuple[int, _Post]]] = defaultdict(list)
         self._receives: dict[tuple[Group, int, int], list[tuple[int | None, _Post]]] = defaultdict(list)
+
+    def unanswered(self) -> list[str]:
+        """The calls, in words, to which others never came."""
+        meetings = [str(meeting.event) for meeting in self._meetings.values()]
+        posts = [post for waiting in self._sends.values() for _, post in waiting]
+        posts += [post for waiting in self._receives.values() for _, post in waiting]
+        return meetings + [f"rank {post.rank.index}: {post.event}" for post in posts]
 
     @unobserved()
     def collective(self, rank: Rank, group: Group, call: Call) -> Event:
@@ -156,7 +163,7 @@ class Exchange:
 
     def _deliver(self, send: _Post, receive: _Post) -> None:
         source, destination = send.rank.index, receive.rank.index
-        if send.mark.changed():
+        if send.mark is not None and send.mark.changed():
             self._scheduler.fail(send.rank, MismatchError(_changed(source, "send")))
         sent, taken = send.tensor.detach(), receive.tensor.detach()
         if sent.numel() != taken.numel() or sent.dtype != taken.dtype:

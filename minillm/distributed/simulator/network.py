@@ -2,7 +2,8 @@
 
 The alpha-beta model (Hockney 1994, "The communication challenge for MPP"): a message of b bytes takes
 latency + b / bandwidth. Each rank has, for each kind of link, one port to send and one to receive, which carry one
-message at a time (single-port, full duplex).
+message at a time (single-port, full duplex), in the order in which the messages were ready: one that waits for its
+sender's port keeps its receiver's.
 """
 
 from __future__ import annotations

@@ -217,16 +217,22 @@ class SimulatedProcessGroup(dist.ProcessGroup):
         self.barrier()
 
     def send(self, tensors: list[Tensor], destination: int, tag: int) -> SimulatedWork:
-        post = self._exchange.send(self._rank, self._group, tensors[0], self._group.ranks[destination], tag)
+        post = self._exchange.send(self._rank, self._group, tensors[0], self._peer(destination), tag)
         return SimulatedWork(self._rank, post.event, tensors, self._works, post)
 
     def recv(self, tensors: list[Tensor], source: int, tag: int) -> SimulatedWork:
-        post = self._exchange.receive(self._rank, self._group, tensors[0], self._group.ranks[source], tag)
+        post = self._exchange.receive(self._rank, self._group, tensors[0], self._peer(source), tag)
         return SimulatedWork(self._rank, post.event, tensors, self._works, post)
 
     def recv_anysource(self, tensors: list[Tensor], tag: int) -> SimulatedWork:
         post = self._exchange.receive(self._rank, self._group, tensors[0], None, tag)
         return SimulatedWork(self._rank, post.event, tensors, self._works, post)
+
+    def _peer(self, place: int) -> int:
+        """The name in the default group of a rank of this group."""
+        if not 0 <= place < self.size():
+            raise ValueError(f"a message goes to or comes from a rank of 0 ... {self.size() - 1}, got {place}")
+        return self._group.ranks[place]
 
     def _pieces(self, tensor: Tensor) -> list[Tensor]:
         flat = tensor.detach().view(-1)

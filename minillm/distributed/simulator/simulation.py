@@ -12,6 +12,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from minillm.distributed.errors import MismatchError
 from minillm.distributed.private_torch import worlds_by_thread
 from minillm.distributed.simulator.exchange import Exchange
 from minillm.distributed.simulator.flop_clock import FlopClock
@@ -76,7 +77,8 @@ def simulate_ranks(
     Raises:
         RankError: `fn` raised on a rank; the original is its `__cause__`.
         DeadlockError: no rank can go on; it says who waits for what.
-        MismatchError: ranks of one group call different collectives, or sizes or dtypes do not fit.
+        MismatchError: ranks of one group call different collectives, sizes or dtypes do not fit, or a call was never
+            answered though nobody waited for it.
         TimeoutError: it took longer than `timeout`.
         ValueError, TypeError: an argument out of range; a simulation within a simulated rank.
     """
@@ -104,6 +106,9 @@ def simulate_ranks(
             scheduler.run(main, timeout)
         finally:
             sys.excepthook = hook
+    unanswered = exchange.unanswered()
+    if unanswered:
+        raise MismatchError("all ranks have returned, and nobody answered\n  " + "\n  ".join(unanswered))
     sent = [0] * world_size
     for message in exchange.messages:
         sent[message.source] += message.n_bytes
