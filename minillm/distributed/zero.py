@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from minillm.distributed.labels import annotate
 from minillm.distributed.owner import check_unclaimed, claim
 from minillm.distributed.zero_blocks import BlockGatherer
-from minillm.distributed.zero_gradients import FlatGradients, GradientReducer
+from minillm.distributed.zero_gradients import FlatGradients, GradientDivider
 from minillm.distributed.zero_loading import load
 from minillm.distributed.zero_mics import Ranks
 from minillm.distributed.zero_optimizer import ShardedOptimizer
@@ -122,7 +122,7 @@ class Zero:
                 for flat in unit.flats
                 if flat.trainable
             ]
-        self._reducer = GradientReducer(
+        self._reducer = GradientDivider(
             [gradients for unit in self.units for gradients in unit.gradients], stage=stage, in_turn=stage < 3
         )
         claim(model.parameters(), self._reducer, "Zero")
@@ -150,6 +150,9 @@ class Zero:
     def param_groups(self) -> list[dict[str, Any]]:
         """The optimizer's groups, whose "lr" and other settings may be set before every step."""
         return self._optimizer.optimizer.param_groups
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError("a Zero belongs to its model and its process group: save state_dict(), and make another one")
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -192,9 +195,10 @@ class Zero:
             raise ValueError(f"max_norm must be above 0, got {max_norm!r}")
         self._reducer.finish()
         reduced = [bucket.reduced for bucket in self._reducer.buckets if bucket.reduced is not None]
-        dtype = torch.promote_types(self._flats[0].master.dtype, torch.float32)
+        master = self._flats[0].master
+        dtype = torch.promote_types(master.dtype, torch.float32)
         norms = [torch.linalg.vector_norm(part, dtype=dtype) for part in reduced]
-        square = torch.stack(norms).square().sum() if norms else torch.zeros((), dtype=dtype)
+        square = torch.stack(norms).square().sum() if norms else master.new_zeros((), dtype=dtype)
         if self.ranks.n_parts > 1:
             with annotate("norm of the gradients"):
                 dist.all_reduce(square, group=self.ranks.partition)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from minillm.distributed.labels import annotate
-from minillm.distributed.zero_gradients import GradientReducer
+from minillm.distributed.zero_gradients import GradientDivider
 from minillm.distributed.zero_units import Unit
 
 
@@ -62,7 +62,7 @@ class BlockGatherer:
         self,
         model: nn.Module,
         units: Sequence[Unit],
-        reducer: GradientReducer,
+        reducer: GradientDivider,
         *,
         reshard_after_forward: bool,
         prefetch: bool,

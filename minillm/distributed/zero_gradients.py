@@ -143,7 +143,7 @@ class FlatGradients:
             self.own.untyped_storage().resize_(0)
 
 
-class GradientReducer:
+class GradientDivider:
     """Starts the reduce-scatters while the backward pass goes on, and has at most one on its way.
 
     Every rank must start the same ones in the same order. Gradients come in another order on a rank that has not used
@@ -256,7 +256,7 @@ class GradientReducer:
             bucket.clear()
 
 
-def _take(reducer: weakref.ref[GradientReducer], number: int, index: int, _: Tensor) -> None:
+def _take(reducer: weakref.ref[GradientDivider], number: int, index: int, _: Tensor) -> None:
     alive = reducer()
     if alive is not None:
         alive.take(number, index)

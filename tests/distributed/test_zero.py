@@ -1,5 +1,6 @@
 """Stages 1 to 3: the training of one process, in float64; PyTorch's own; and bytes and traffic to the closed forms."""
 
+import copy
 import functools
 import warnings
 from collections.abc import Callable
@@ -500,6 +501,7 @@ def test_misuse_is_refused_in_words() -> None:
     for use, words in (
         (thaw, "requires_grad of final_norm.weight must be what it was"),
         (lambda _, zero: zero.clip_grad_norm_(0.0), "max_norm must be above 0, got 0.0"),
+        (lambda _, zero: copy.deepcopy(zero), "a Zero belongs to its model and its process group"),
     ):
         with pytest.raises(RankError, match=words):
             simulate_ranks(train, 2, use)
