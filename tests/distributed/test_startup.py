@@ -247,7 +247,8 @@ with initialize(backend="gloo", timeout=60) as here:
     if here.attempt == 0 and here.rank == 1:
         os._exit(3)
     dist.barrier()
-    print(f"attempt {here.attempt} rank {here.rank} of {here.world_size}: {total.item()}", flush=True)
+    # One write: torchrun starts python unbuffered, and print writes the end of the line by itself.
+    sys.stdout.write(f"attempt {here.attempt} rank {here.rank} of {here.world_size}: {total.item()}\\n")
 """
 
 
