@@ -33,7 +33,7 @@ def tell_and_leave(store: Store, rank: int, world_size: int, *, hosts_store: boo
     except BaseException as error:
         reason, staying = error, world_size
         if lost_peer(str(error)):
-            reason = _who_is_gone(store, rank, world_size)
+            reason = who_is_gone(store, rank, world_size)
             staying = world_size - 1
         else:
             said = json.dumps({"rank": rank, "message": RankError.of(rank, error).message})
@@ -51,7 +51,7 @@ def tell_and_leave(store: Store, rank: int, world_size: int, *, hosts_store: boo
     _destroy(exit_code=0)
 
 
-def _who_is_gone(store: Store, rank: int, world_size: int) -> RankError:
+def who_is_gone(store: Store, rank: int, world_size: int) -> RankError:
     """The error of the first rank that failed, or that of the one from which there is no word."""
     end = f"; rank {rank} cannot go on without it"
     until = time.monotonic() + _REASON

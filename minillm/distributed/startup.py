@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
-from minillm.distributed.farewell import tell_and_leave
+from minillm.distributed.errors import lost_peer
+from minillm.distributed.farewell import tell_and_leave, who_is_gone
 from minillm.distributed.startup_cards import Card, card_of, verdict
 
 _BACKENDS = ("gloo", "nccl", "cpu:gloo,cuda:nccl")
@@ -87,14 +88,19 @@ def initialize(
     _meet(store, rank, world_size, card_of(backend, world_size, device), deadline, timeout)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group(
-        backend,
-        store=PrefixStore("group", store),
-        rank=rank,
-        world_size=world_size,
-        timeout=timedelta(seconds=collective_timeout),
-        device_id=device if device.type == "cuda" else None,
-    )
+    try:
+        dist.init_process_group(
+            backend,
+            store=PrefixStore("group", store),
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=collective_timeout),
+            device_id=device if device.type == "cuda" else None,
+        )
+    except RuntimeError as error:  # another rank was through already, and died, while this one was still on its way
+        if isinstance(error, dist.DistNetworkError) or lost_peer(str(error)):
+            raise who_is_gone(store, rank, world_size) from error
+        raise
     with tell_and_leave(store, rank, world_size, hosts_store=rank == 0 and not _agent_hosts()):
         yield Started(rank, world_size, local_rank, device, attempt)
 
