@@ -75,15 +75,18 @@ class _LinearMode(TorchFunctionMode):
         own_bias = bias if bias is not None and bias.requires_grad and bias.is_leaf else None
         if not waits or (bias is not None and bias.requires_grad and own_bias is None):
             return F.linear(input, weight, bias)
-        kind = input.device.type
-        if torch.is_autocast_enabled(kind):
-            dtype = torch.get_autocast_dtype(kind)
-            input = input.to(dtype)
-        cast = [None if tensor is None else tensor.detach().to(input.dtype) for tensor in (weight, bias)]
+        input, cast = _as_autocast(input), [None if t is None else _as_autocast(t.detach()) for t in (weight, bias)]
         # A flag that needs a gradient makes autograd come back here when the input, such as a batch, needs none.
         flag = input.new_empty(0).requires_grad_()
         output: Tensor = _DeferredLinear.apply(input, cast[0], cast[1], flag, (self._gradients, weight, own_bias))  # type: ignore[no-untyped-call]
         return output
+
+
+def _as_autocast(tensor: Tensor) -> Tensor:
+    """What `F.linear` would compute with."""
+    kind = tensor.device.type
+    casts = torch.is_autocast_enabled(kind) and tensor.is_floating_point() and tensor.dtype != torch.float64
+    return tensor.to(torch.get_autocast_dtype(kind)) if casts else tensor
 
 
 class _DeferredLinear(torch.autograd.Function):
