@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 
@@ -105,6 +106,32 @@ class GradientBucket:
         view = self._places[place]
         assert view is not None
         return view
+
+
+@torch.no_grad()
+def all_reduce_gradients(
+    parameters: Sequence[nn.Parameter],
+    group: dist.ProcessGroup | None,
+    *,
+    mean: bool,
+    bucket_bytes: int = 25 * 2**20,
+) -> None:
+    """Make each ``parameter.grad`` the mean or sum over the ranks of a group, after all backward passes; a collective.
+
+    Args:
+        parameters: the same on every rank, in the same order; frozen ones are left out. One without a gradient takes
+            part with zeros.
+    """
+    learning = [parameter for parameter in parameters if parameter.requires_grad]
+    scale = 1.0 / dist.get_world_size(group) if mean else 1.0
+    for members in assign_buckets(learning, bucket_bytes):
+        bucket = GradientBucket([learning[index] for index in members])
+        for place in range(len(members)):
+            bucket.fill(place, scale)
+        assert bucket.flat is not None
+        dist.all_reduce(bucket.flat, group=group)
+        for place, parameter in enumerate(bucket.parameters):
+            parameter.grad = bucket.place(place)
 
 
 def _dense(tensor: Tensor) -> bool:
