@@ -16,9 +16,10 @@ from minillm.distributed.pipeline.sizes import check_multiple, check_sizes
 def chimera(n_stages: int, n_micro_batches: int) -> Schedule:
     """Two pipelines, one behind the other's back.
 
-    With p stages, m micro-batches and passes that all take the same time the bubble is (p - 2) / (2 m + p - 2) of the
-    total, where 1F1B has (p - 1) / (m + p - 1). With p micro-batches or more p/2 + 1 of them are in flight on the first
-    and the last stage, p on the two middle ones.
+    With p stages and m micro-batches, a multiple of p, the bubble is (p - 2) / (2m + p - 2) of the total if a backward
+    pass takes as long as a forward pass, where 1F1B has 2 (p - 1) / (2m + 2 (p - 1)). If it takes twice as long, a
+    stage waits for (p - 2) (1 + m/p) forward passes: with one unit the bubble is (p - 2) / (3m/2 + p - 2). In flight
+    are p/2 + 1 micro-batches on the first and the last stage, up to p on the middle ones: p/2 + 1 + min(s, p - 1 - s).
 
     Args:
         n_stages: p, even.

@@ -10,6 +10,7 @@ from types import MappingProxyType
 
 from minillm.distributed.pipeline.breadth_first import breadth_first
 from minillm.distributed.pipeline.chimera import chimera
+from minillm.distributed.pipeline.dualpipe import dualpipe
 from minillm.distributed.pipeline.gpipe import gpipe
 from minillm.distributed.pipeline.interleaved import interleaved
 from minillm.distributed.pipeline.naive import naive
@@ -45,6 +46,7 @@ SCHEDULES: Mapping[str, Recipe] = MappingProxyType(
         "zb-h2": Recipe(partial(zero_bubble, variant="h2")),
         "zb-v": Recipe(partial(zero_bubble, variant="v"), pieces_per_stage=2),
         "chimera": Recipe(chimera),
+        "dualpipe": Recipe(dualpipe),
     }
 )
 
