@@ -1,0 +1,41 @@
+"""Pipeline parallelism: schedules as data, and what reads them."""
+
+from minillm.distributed.pipeline.actions import Action, Kind
+from minillm.distributed.pipeline.breadth_first import breadth_first
+from minillm.distributed.pipeline.chimera import chimera
+from minillm.distributed.pipeline.dualpipe import dualpipe
+from minillm.distributed.pipeline.gpipe import gpipe
+from minillm.distributed.pipeline.interleaved import interleaved
+from minillm.distributed.pipeline.naive import naive
+from minillm.distributed.pipeline.one_f_one_b import one_f_one_b
+from minillm.distributed.pipeline.registry import SCHEDULES, make_schedule
+from minillm.distributed.pipeline.schedule import (
+    Schedule,
+    ScheduleError,
+    dependencies,
+    loop_route,
+    schedule_of,
+    v_route,
+)
+from minillm.distributed.pipeline.zero_bubble import zero_bubble
+
+__all__ = [
+    "SCHEDULES",
+    "Action",
+    "Kind",
+    "Schedule",
+    "ScheduleError",
+    "breadth_first",
+    "chimera",
+    "dependencies",
+    "dualpipe",
+    "gpipe",
+    "interleaved",
+    "loop_route",
+    "make_schedule",
+    "naive",
+    "one_f_one_b",
+    "schedule_of",
+    "v_route",
+    "zero_bubble",
+]
