@@ -73,6 +73,11 @@ class Copies:
         """Those that a norm over all stages counts on an earlier one."""
         return {p for holders, found in self._by_holders.items() if self._stage != holders[0] for p in found}
 
+    def leave_to_first(self) -> None:
+        """Drop the sums that earlier steps left on all stages but the first: the next sum would count them again."""
+        for parameter in self.counted_elsewhere():
+            parameter.grad = None
+
     @torch.no_grad()
     def make_equal(self) -> None:
         """Give every copy the values of the first stage that holds it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -29,9 +29,12 @@ def own_pieces(pieces: Pieces, schedule: Schedule, stage: int, shared: Shared) -
                 f"stage {stage} holds pieces {_listed(wanted)} in {schedule.name}, got pieces {_listed(sorted(pieces))}"
             )
         return {piece: pieces[piece] for piece in wanted}, shared
-    modules = list(pieces.pieces if isinstance(pieces, Split) else pieces)
-    if not all(isinstance(module, nn.Module) for module in modules):
-        raise TypeError("pieces must be a Split, a sequence of modules or a mapping from piece number to module")
+    modules = list(pieces.pieces if isinstance(pieces, Split) else pieces if isinstance(pieces, Iterable) else ())
+    if not modules or not all(isinstance(module, nn.Module) for module in modules):
+        raise TypeError(
+            "pieces must be a Split (of split(model, n_pieces)), a sequence of modules or a mapping from piece number "
+            f"to module, got {type(pieces).__name__}"
+        )
     if len(modules) != schedule.n_pieces:
         raise ValueError(
             f"the model is in {len(modules)} pieces, and {schedule.name} of {schedule.n_stages} stages takes "
@@ -75,13 +78,18 @@ def stage_of(schedule: Schedule, group: dist.ProcessGroup | None) -> int:
 
     Raises:
         RuntimeError: there is no process group.
-        ValueError: it has not as many ranks as the schedule has stages.
+        ValueError: this rank is not in it, or it has not as many ranks as the schedule has stages.
+        TypeError: `schedule` is none.
     """
+    if not isinstance(schedule, Schedule):
+        raise TypeError(f"schedule must be a Schedule, such as make_schedule gives, got {schedule!r}")
     if not dist.is_initialized():
         raise RuntimeError(
             "a Pipeline needs a process group: make it in a function that simulate_ranks or run_ranks runs, or inside "
             "of `with initialize():` in a program that torchrun starts"
         )
+    if dist.get_rank(group) < 0:
+        raise ValueError("group must be one that this rank belongs to")
     n_ranks = dist.get_world_size(group)
     if n_ranks != schedule.n_stages:
         raise ValueError(
@@ -92,18 +100,20 @@ def stage_of(schedule: Schedule, group: dist.ProcessGroup | None) -> int:
     return dist.get_rank(group)
 
 
-def agree(schedule: Schedule, settings: str, problem: str | None, group: dist.ProcessGroup | None) -> None:
-    """Raise the same ValueError on every stage if one has a problem, or if they have not the same schedule.
+def agree(
+    schedule: Schedule, settings: str, problem: ValueError | TypeError | None, group: dist.ProcessGroup | None
+) -> None:
+    """Raise the same error on every stage if one has a problem, or if they have not the same schedule.
 
     A collective of the group. Without it the others would wait for one that has raised, or for messages that never
     come.
     """
-    found: list[tuple[Schedule, str, str | None] | None] = [None] * dist.get_world_size(group)
+    found: list[tuple[Schedule, str, ValueError | TypeError | None] | None] = [None] * dist.get_world_size(group)
     dist.all_gather_object(found, (schedule, settings, problem), group=group)
     everyone = [entry for entry in found if entry is not None]
     for _, _, said in everyone:
         if said is not None:
-            raise ValueError(said)
+            raise said
     for stage, (other, words, _) in enumerate(everyone):
         if other != everyone[0][0]:
             raise ValueError(

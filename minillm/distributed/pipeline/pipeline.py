@@ -60,9 +60,9 @@ class Pipeline:
         context: entered around each forward pass and its loss, such as ``partial(torch.autocast, "cpu")``.
 
     Raises:
-        ValueError: on all ranks alike: pieces that are not the schedule's, ranks that were given different schedules,
-            a group that has not as many ranks as the schedule has stages, an asynchronous schedule without an optimizer
-            or with parameters that stand on several stages.
+        ValueError, TypeError: on all ranks alike: pieces that are not the schedule's, ranks that were given different
+            schedules, a group that has not as many ranks as the schedule has stages, an asynchronous schedule without
+            an optimizer or with parameters that stand on several stages.
         RuntimeError: there is no process group.
 
     Attributes:
@@ -90,13 +90,13 @@ class Pipeline:
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
         self.stage = stage_of(schedule, group)
-        problem = None
+        problem: ValueError | TypeError | None = None
         try:
             held, shared = own_pieces(pieces, schedule, self.stage, shared)
             check_settings(schedule, shared, optimizer)
             self._copies = Copies(schedule, held, shared, self.stage, group)
         except (ValueError, TypeError) as error:
-            problem = str(error)
+            problem = error
         agree(schedule, f"reduction={reduction!r}, recompute={recompute}", problem, group)
         self.schedule = schedule
         self.modules = [held[piece] for piece in schedule.pieces[self.stage]]
@@ -119,7 +119,7 @@ class Pipeline:
         self._walk = Walk(
             schedule, self.stage, chunks, transport, loss_fn, mean=self._mean, durations=durations, update=self._update
         )
-        self._synchronise = True
+        self._synchronise, self._waiting = True, False
         self.losses = torch.zeros(schedule.n_micro_batches, dtype=torch.float64, device=self._device)
 
     @property
@@ -142,7 +142,7 @@ class Pipeline:
             self._synchronise = True
 
     def step(self, inputs: Any = None, targets: Any = None) -> Tensor:
-        """Forward and backward passes of a batch; gradients are added to ``.grad``.
+        """Forward and backward passes of a batch; gradients are added to ``.grad``, to the sums of steps before.
 
         An asynchronous schedule makes its updates too: for it the micro-batches are a stream of batches, and gradients
         that were there before count in its first update.
@@ -160,6 +160,9 @@ class Pipeline:
             ValueError, TypeError: a batch that cannot be cut, or is missing where it is needed; a loss that is no
                 scalar; a piece that gives something else than tensors.
         """
+        if self.schedule.synchronous and not self._waiting:
+            self._count_once()
+        self._waiting = not self._synchronise
         self._walk.run(inputs, targets, self._device, training=True)
         if self.schedule.synchronous and self._synchronise:
             self._copies.add_up()
@@ -196,6 +199,13 @@ class Pipeline:
         chunk.versions.before_update()
         self._optimizer.step()
         self._optimizer.zero_grad()
+
+    def _count_once(self) -> None:
+        """Let one rank alone keep a sum that earlier steps have left on several: the next sum then counts it once."""
+        self._copies.leave_to_first()
+        if self._data_group is not None and not self._mean and dist.get_rank(self._data_group):
+            for parameter in self._parameters:
+                parameter.grad = None
 
     def _sum_over_data_group(self) -> None:
         if self._data_group is not None:

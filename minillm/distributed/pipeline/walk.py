@@ -71,16 +71,24 @@ class Walk:
         shapes = tuple(tuple((x.dtype, x.shape) for x in tensors) for tensors in self._inputs)
         self._transport.begin((training, shapes) if self._stage == source else None, source)
         for action in schedule.actions[self._stage]:
-            match action.kind:
-                case Kind.FORWARD:
-                    self._forward(action, training)
-                case Kind.SEND_FORWARD:
-                    self._transport.send_activation(action, self._made.pop(action), self._peer(action))
-                case Kind.RECV_FORWARD:
-                    self._transport.post_activation(action, self._peer(action))
-                case _ if training:
-                    self._second_half(action)
+            try:
+                self._do(action, training)
+            except Exception as error:
+                piece = schedule.piece(self._stage, action.chunk)
+                error.add_note(f"in {action} of stage {self._stage}, piece {piece} of the model")
+                raise
         self._transport.finish()
+
+    def _do(self, action: Action, training: bool) -> None:
+        match action.kind:
+            case Kind.FORWARD:
+                self._forward(action, training)
+            case Kind.SEND_FORWARD:
+                self._transport.send_activation(action, self._made.pop(action), self._peer(action))
+            case Kind.RECV_FORWARD:
+                self._transport.post_activation(action, self._peer(action))
+            case _ if training:
+                self._second_half(action)
 
     def _second_half(self, action: Action) -> None:
         match action.kind:
@@ -147,9 +155,7 @@ class Walk:
 
         def loss(outputs: Tensors) -> Tensor:
             value = self._loss_fn(*(tensors[0] if len(tensors) == 1 else tensors for tensors in (outputs, targets)))
-            if not isinstance(value, Tensor) or value.numel() != 1:
-                got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-                raise ValueError(f"loss_fn must give a scalar tensor for a micro-batch, got {got}")
+            _check_loss(value, outputs)
             # The mean over no rows is NaN, and counts nothing.
             return value.squeeze() * weight if weight else outputs[0].sum() * 0
 
@@ -159,3 +165,11 @@ class Walk:
         """Let the pass take its time on the virtual clock."""
         if self._durations is not None:
             compute(self._durations.seconds(self._stage, action), name=str(action))
+
+
+def _check_loss(value: Any, outputs: Tensors) -> None:
+    if not isinstance(value, Tensor) or value.numel() != 1 or not value.is_floating_point():
+        got = f"{tuple(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"loss_fn must give a scalar floating-point tensor for a micro-batch, got {got}")
+    if any(output.requires_grad for output in outputs) and not value.requires_grad:
+        raise ValueError("loss_fn must give a loss that depends on the output, got one that needs no gradient")
