@@ -14,7 +14,9 @@ import torch.distributed as dist
 from torch.distributed import Store  # type: ignore[attr-defined]
 
 from minillm.distributed.errors import RankError, lost_peer, named_ranks
+from minillm.distributed.private_torch import process_groups
 
+_HOLD = 0.3  # seconds that gloo's threads need at most to let go of the last collective
 _DESTROY = 10.0  # seconds; a group can wait without end for a peer that is gone
 _REASON = 3.0  # seconds in which a rank that failed, or lost a peer too, must have said so
 _LOOK = 0.05
@@ -77,11 +79,22 @@ def who_is_gone(store: Store, rank: int, world_size: int) -> RankError:
 
 
 def _destroy(exit_code: int) -> None:
+    # A group's end waits for gloo's threads, and holds the interpreter's lock meanwhile. A thread that has yet to let
+    # go of the last collective wants that lock: both would wait without end (seen where a DDP was the last to hold the
+    # group). So the group stays for a moment, in which nobody holds the lock for long.
+    groups = process_groups()
+    threading.Thread(target=_hold, args=(groups,), name="last collective", daemon=True).start()
+    del groups
     thread = threading.Thread(target=dist.destroy_process_group, name="destroy_process_group", daemon=True)
     thread.start()
     thread.join(_DESTROY)
     if thread.is_alive():  # the interpreter's own end would wait for it too
         atexit.register(functools.partial(_end_at_once, exit_code))
+
+
+def _hold(groups: list[dist.ProcessGroup]) -> None:
+    time.sleep(_HOLD)
+    groups.clear()
 
 
 def _end_at_once(exit_code: int) -> None:

@@ -25,6 +25,11 @@ def after_backward(callback: Callable[[], None]) -> None:
     torch.autograd.Variable._execution_engine.queue_callback(callback)
 
 
+def process_groups() -> list[dist.ProcessGroup]:
+    """Every group that this rank has made or is in, the default group among them."""
+    return list(distributed_c10d._world.pg_map)
+
+
 class _WorldOfThread:
     """Stands for `torch.distributed`'s one record of process groups, and gives each thread a record of its own."""
 

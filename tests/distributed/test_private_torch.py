@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from minillm.distributed.private_torch import _Record, after_backward, group_name, worlds_by_thread
+from minillm.distributed.private_torch import _Record, after_backward, group_name, process_groups, worlds_by_thread
 from minillm.distributed.simulator import simulate_ranks
 from minillm.distributed.simulator.process_group import SimulatedProcessGroup
 
@@ -44,6 +44,15 @@ def test_a_thread_has_groups_of_its_own_and_leaves_the_others_theirs() -> None:
     assert seen == [(1, {"group": "1"}), (2, {"group": "2"})]
     assert distributed_c10d._world is outside
     assert not dist.is_initialized()
+
+
+def test_every_group_of_a_rank_is_known() -> None:
+    def ranks() -> bool:
+        half = dist.new_subgroups(2)[0]
+        return {dist.group.WORLD, half} <= set(process_groups())
+
+    assert process_groups() == []
+    assert all(simulate_ranks(ranks, 4).results)
 
 
 def test_groups_are_found_by_name_in_the_rank_that_made_them() -> None:
