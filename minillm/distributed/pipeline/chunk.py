@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ class Chunk:
         module: the piece: a tensor, or several, to a tensor or a tuple of them.
         recompute: keep only what a forward pass was given, and run it again before its backward pass (Huang et al.
             2019, "GPipe", section 2.3).
-        split: backward passes come in two halves.
+        split: the micro-batches whose backward pass comes in two halves.
         context: entered around each forward pass, for autocast.
         versions: of the weights, where updates come between the passes of one run; None: there are none.
     """
@@ -36,7 +36,7 @@ class Chunk:
         module: nn.Module,
         *,
         recompute: bool,
-        split: bool,
+        split: Collection[int],
         context: Callable[[], contextlib.AbstractContextManager[object]],
         versions: WeightVersions | None,
     ) -> None:
@@ -61,7 +61,7 @@ class Chunk:
         """
         if not first:
             inputs = tuple(x.detach().requires_grad_(x.is_floating_point() or x.is_complex()) for x in inputs)
-        deferred = DeferredGradients() if self._split else None
+        deferred = DeferredGradients() if micro_batch in self._split else None
         leaves = None if self.versions is None else self.versions.leaves(version)
 
         def run(*inputs: Tensor) -> Tensors:
@@ -91,7 +91,7 @@ class Chunk:
     def backward(self, micro_batch: int, grads: Tensors | None, version: int) -> Tensors:
         """Gradients of the inputs (of the floating-point ones), zero where an input had no part in the result.
 
-        The parameters' are added to ``.grad``; where backward passes are split, those of linear layers wait for
+        The parameters' are added to ``.grad``; where the backward pass is split, those of linear layers wait for
         `backward_weight`.
 
         Args:
@@ -103,7 +103,7 @@ class Chunk:
         pairs = [(output, grad) for output, grad in pairs if output.requires_grad]
         if pairs:
             torch.autograd.backward(*map(list, zip(*pairs, strict=True)))  # type: ignore[arg-type]
-        if not self._split and self.versions is not None:
+        if self.versions is not None:
             self.versions.collect(version)
         wanted = [x for x in inputs if x.requires_grad and x.is_leaf]
         return tuple(torch.zeros_like(x) if x.grad is None else x.grad for x in wanted)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from minillm.distributed.buckets import all_reduce_gradients
 from minillm.distributed.labels import annotate
+from minillm.distributed.pipeline.actions import Kind
 from minillm.distributed.pipeline.chunk import Chunk
 from minillm.distributed.pipeline.copies import Copies, Shared
 from minillm.distributed.pipeline.durations import Durations
@@ -110,9 +111,11 @@ class Pipeline:
                 broadcast_from_first([*module.parameters(), *module.buffers()], data_group)
         self._copies.make_equal()
         versions = [None if schedule.synchronous else WeightVersions(module) for module in self.modules]
+        weight_passes = [a for a in schedule.actions[self.stage] if a.kind is Kind.BACKWARD_WEIGHT]
+        split = [{a.micro_batch for a in weight_passes if a.chunk == chunk} for chunk in range(len(held))]
         chunks = [
-            Chunk(module, recompute=recompute, split=schedule.splits_backward, context=context, versions=own)
-            for module, own in zip(self.modules, versions, strict=True)
+            Chunk(module, recompute=recompute, split=own_split, context=context, versions=own)
+            for module, own_split, own in zip(self.modules, split, versions, strict=True)
         ]
         # Gradients on their way: more of them wait for the slowest neighbour to have received the oldest.
         transport = Transport(group, self._device, most_sends=2 * schedule.n_stages)
