@@ -47,6 +47,8 @@ class Chunk:
 
     def clear(self) -> None:
         """Forget what a run that was broken off has left."""
+        if self.versions is not None:
+            self.versions.begin()
         self._kept.clear()
         self._deferred.clear()
 

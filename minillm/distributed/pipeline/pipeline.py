@@ -7,6 +7,7 @@ its own list, and waits for nothing but the message that a pass needs.
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
@@ -110,7 +111,7 @@ class Pipeline:
                 check_replicas(module, data_group)
                 broadcast_from_first([*module.parameters(), *module.buffers()], data_group)
         self._copies.make_equal()
-        versions = [None if schedule.synchronous else WeightVersions(module) for module in self.modules]
+        versions = [None if schedule.synchronous else self._versions(module) for module in self.modules]
         weight_passes = [a for a in schedule.actions[self.stage] if a.kind is Kind.BACKWARD_WEIGHT]
         split = [{a.micro_batch for a in weight_passes if a.chunk == chunk} for chunk in range(len(held))]
         chunks = [
@@ -195,11 +196,15 @@ class Pipeline:
         nn.utils.clip_grads_with_norm_(learning, max_norm, norm)
         return norm
 
+    def _versions(self, module: nn.Module) -> WeightVersions:
+        backwards = (a for a in self.schedule.actions[self.stage] if a.kind is Kind.BACKWARD)
+        return WeightVersions(module, Counter(a.version for a in backwards), stashing=self.schedule.stashing)
+
     def _update(self, chunk: Chunk) -> None:
         assert chunk.versions is not None
         assert self._optimizer is not None
         self._sum_over_data_group()
-        chunk.versions.before_update()
+        chunk.versions.update()
         self._optimizer.step()
         self._optimizer.zero_grad()
 
