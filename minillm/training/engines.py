@@ -6,7 +6,7 @@ The ranks read the same batches, each computes its rows, and the update is that 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from minillm.distributed import DataParallel, Zero
 from minillm.training.checkpoint import Checkpoint
-from minillm.training.loss import Batch
+from minillm.training.loss import Batch, accumulate_gradients, count_targets, mean_loss
 from minillm.training.state import (
     SavedState,
     model_tensors,
@@ -25,21 +25,28 @@ from minillm.training.state import (
     saved_state,
 )
 
+Context = Callable[[], contextlib.AbstractContextManager[object]]
+MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
+
 
 class Engine:
     """One process; the others override what is different for them.
 
     Attributes:
+        model: what is trained on this rank, on its device.
         optimizer: its `param_groups` may be given another "lr" before each step.
-        forward: calls the model.
+        context: entered around each forward pass, for autocast.
+        forward: calls the model in training. What stands around the model there (a compiler, the watch over its
+            experts) is put here.
         backward_factor: what a loss is to be multiplied by before its backward pass.
     """
 
     rank, n_ranks = 0, 1
     backward_factor = 1.0
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        self.model, self.optimizer = model, optimizer
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, context: Context) -> None:
+        self.model, self.optimizer, self.context = model, optimizer, context
+        self.device = next(model.parameters()).device
         self.forward: Callable[..., Any] = model
 
     @property
@@ -51,6 +58,28 @@ class Engine:
         """This rank's rows of a batch; fewer ranks than others may get one less, or none."""
         inputs, targets = batch
         return inputs.tensor_split(self.n_ranks)[self.rank], targets.tensor_split(self.n_ranks)[self.rank]
+
+    def add_gradients(self, batches: Sequence[Batch]) -> tuple[Tensor, int]:
+        """Add to the gradients that of the mean loss over all targets of all batches: see `accumulate_gradients`.
+
+        Returns:
+            (loss, n_targets): the mean loss over all ranks' rows, on each, and the number of targets in them.
+        """
+        loss, n_targets = accumulate_gradients(
+            self.forward,
+            [self.own_rows(batch) for batch in batches],
+            self.device,
+            self.context,
+            n_targets=count_targets(batches),
+            accumulating=self.accumulating,
+            backward_factor=self.backward_factor,
+        )
+        return self.sum(loss), n_targets
+
+    def mean_loss(self, batches: Iterable[Batch]) -> float:
+        """The mean loss over all targets of the batches, on each rank; the model is in evaluation mode already."""
+        own = map(self.own_rows, batches)
+        return mean_loss(self.model, own, self.device, self.context, total_over_ranks=self.sum)
 
     def accumulating(self) -> contextlib.AbstractContextManager[object]:
         """To be entered around the forward and backward passes of a step but the last."""
@@ -92,10 +121,9 @@ class Engine:
 class ParallelEngine(Engine):
     """What all ways to train on several ranks have in common."""
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        super().__init__(model, optimizer)
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, context: Context) -> None:
+        super().__init__(model, optimizer, context)
         self.rank, self.n_ranks = dist.get_rank(), dist.get_world_size()
-        self._device = next(model.parameters()).device
 
     def sum(self, tensor: Tensor) -> Tensor:
         """See `Engine`."""
@@ -104,7 +132,7 @@ class ParallelEngine(Engine):
 
     def any(self, flag: bool) -> bool:
         """See `Engine`."""
-        return bool(self.sum(torch.tensor(int(flag), device=self._device)))
+        return bool(self.sum(torch.tensor(int(flag), device=self.device)))
 
     def barrier(self) -> None:
         """See `Engine`."""
@@ -134,8 +162,8 @@ class PlainLayout:
 class DataParallelEngine(ParallelEngine):
     """`minillm.distributed.DataParallel`."""
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        super().__init__(model, optimizer)
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, context: Context) -> None:
+        super().__init__(model, optimizer, context)
         self._wrapped = DataParallel(model, reduction="sum")
         self.forward = self._wrapped
 
@@ -147,8 +175,8 @@ class DataParallelEngine(ParallelEngine):
 class ZeroEngine(ParallelEngine):
     """`minillm.distributed.Zero`."""
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, stage: Any) -> None:
-        super().__init__(model, optimizer)
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, context: Context, stage: Any) -> None:
+        super().__init__(model, optimizer, context)
         self._plain = PlainLayout(model, optimizer)
         self._zero = Zero(model, optimizer, stage=stage, reduction="sum")
 

@@ -6,14 +6,13 @@ One process, `minillm.distributed`'s data parallelism and ZeRO (`minillm.trainin
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from minillm.training.engines import DataParallelEngine, Engine, ZeroEngine
+from minillm.training.engines import Context, DataParallelEngine, Engine, MakeOptimizer, ZeroEngine
 
 ENGINES = ("minillm", "torch")
 
@@ -59,20 +58,28 @@ class ParallelPlan:
             )
 
 
-def make_engine(plan: ParallelPlan, model: nn.Module, make_optimizer: Callable[[], torch.optim.Optimizer]) -> Engine:
-    """What carries out the plan for a model that is on its device.
+def make_engine(
+    plan: ParallelPlan, model: nn.Module, make_optimizer: MakeOptimizer, device: torch.device, context: Context
+) -> Engine:
+    """What carries out the plan.
+
+    Args:
+        model: of any device; moved to `device`, or as much of it as this rank trains.
+        make_optimizer: makes one for the parameters of the module that it is given, of the model or of a part of it.
+        context: entered around each forward pass, for autocast.
 
     Raises:
         RuntimeError: there are not as many ranks as the plan has.
     """
     plan.check_ranks()
+    model = model.to(device)
     if plan.dp == 1:
-        return Engine(model, make_optimizer())
+        return Engine(model, make_optimizer(model), context)
     if plan.engine == "torch":
         # Here, because its imports take seconds.
         from minillm.training.torch_engines import make_torch_engine
 
-        return make_torch_engine(plan.zero, model, make_optimizer)
+        return make_torch_engine(plan.zero, model, make_optimizer, context)
     if plan.zero == 0:
-        return DataParallelEngine(model, make_optimizer())
-    return ZeroEngine(model, make_optimizer(), plan.zero)
+        return DataParallelEngine(model, make_optimizer(model), context)
+    return ZeroEngine(model, make_optimizer(model), context, plan.zero)

@@ -7,7 +7,6 @@ process. PyTorch averages gradients over ranks where the loop wants their sum, h
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from minillm.training.checkpoint import Checkpoint
-from minillm.training.engines import ParallelEngine, PlainLayout
+from minillm.training.engines import Context, MakeOptimizer, ParallelEngine, PlainLayout
 from minillm.training.state import SavedState
 
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -35,13 +34,13 @@ _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 class DDPEngine(ParallelEngine):
     """`DistributedDataParallel`; with `divide` the optimizer's state is divided by `ZeroRedundancyOptimizer`."""
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, divide: bool) -> None:
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, context: Context, divide: bool) -> None:
         self._plain = PlainLayout(model, optimizer)
         if divide:
             optimizer = ZeroRedundancyOptimizer(
                 optimizer.param_groups, optimizer_class=type(optimizer), **optimizer.defaults
             )
-        super().__init__(model, optimizer)
+        super().__init__(model, optimizer, context)
         self._wrapped = DistributedDataParallel(model)
         self.forward = self._wrapped
         self.backward_factor = float(self.n_ranks)
@@ -68,13 +67,13 @@ class DDPEngine(ParallelEngine):
 class FSDPEngine(ParallelEngine):
     """`fully_shard` of each block and of the rest; parameters are gathered again for the backward pass, or kept."""
 
-    def __init__(self, model: nn.Module, make_optimizer: Callable[[], torch.optim.Optimizer], reshard: bool) -> None:
-        self._plain = PlainLayout(model, make_optimizer())
+    def __init__(self, model: nn.Module, make_optimizer: MakeOptimizer, context: Context, reshard: bool) -> None:
+        self._plain = PlainLayout(model, make_optimizer(model))
         blocks = [block for module in model.modules() if isinstance(module, nn.ModuleList) for block in module]
         for block in blocks:
             fully_shard(block, reshard_after_forward=reshard)
         fully_shard(model, reshard_after_forward=reshard)
-        super().__init__(model, make_optimizer())
+        super().__init__(model, make_optimizer(model), context)
         self._sharded: Any = model
         assert isinstance(model, FSDPModule)
         self.backward_factor = float(self.n_ranks)
@@ -121,12 +120,10 @@ class FSDPEngine(ParallelEngine):
         set_optimizer_state_dict(self.model, self.optimizer, by_name, options=_WHOLE)
 
 
-def make_torch_engine(
-    stage: int, model: nn.Module, make_optimizer: Callable[[], torch.optim.Optimizer]
-) -> ParallelEngine:
+def make_torch_engine(stage: int, model: nn.Module, make_optimizer: MakeOptimizer, context: Context) -> ParallelEngine:
     """The engine of a stage: see `minillm.training.parallel.ParallelPlan`."""
     for tensor in model.state_dict().values():
         dist.broadcast(tensor, 0)  # fully_shard takes each rank's own part, from whatever that rank has
     if stage < 2:
-        return DDPEngine(model, make_optimizer(), divide=stage == 1)
-    return FSDPEngine(model, make_optimizer, reshard=stage == 3)
+        return DDPEngine(model, make_optimizer(model), context, divide=stage == 1)
+    return FSDPEngine(model, make_optimizer, context, reshard=stage == 3)

@@ -24,7 +24,7 @@ from minillm.training.checkpoint import (
 from minillm.training.config import TrainingConfig
 from minillm.training.interrupt import Interrupt, interruptible
 from minillm.training.lock import exclusive
-from minillm.training.loss import Batch, accumulate_gradients, count_targets, mean_loss
+from minillm.training.loss import Batch
 from minillm.training.metrics import NonFiniteError, StepStatistics
 from minillm.training.mixtures import MixtureTraining
 from minillm.training.parallel import ParallelPlan, make_engine
@@ -99,19 +99,19 @@ class Trainer:
             raise FileExistsError(
                 f"{self.folder} holds checkpoints up to step {self._checkpoint_steps()[-1]}: resume them"
             )
-        self.model = model.to(self.device)
+        self.model = model
         self.train_data, self.validation_data = train_data, validation_data
         plan = parallel or ParallelPlan()
         if self.config.compile and plan.dp > 1:
             raise ValueError(f"compile=True trains in one process, and dp is {plan.dp}")
-        self._engine = make_engine(plan, self.model, self._make_optimizer)
+        context = partial(autocast, self.precision, self.device)
+        self._engine = make_engine(plan, model, self._make_optimizer, self.device, context)
         self.optimizer = self._engine.optimizer
-        forward = self._engine.forward
         if self.config.compile:
             check_compiler(self.device)
-            forward = torch.compile(model)
-        self._mixtures = MixtureTraining(model, forward, self._engine.sum)
-        self._context = partial(autocast, self.precision, self.device)
+            self._engine.forward = torch.compile(model)
+        self._mixtures = MixtureTraining(model, self._engine.forward, self._engine.sum)
+        self._engine.forward = self._mixtures.forward
         self._on_log, self._on_evaluate = on_log, on_evaluate
         self._report = Report(progress=progress and self._writes)
         self._statistics = StepStatistics(self.device)
@@ -120,8 +120,8 @@ class Trainer:
         self._saved = 0  # the newest checkpoint's step
         self._started = self._in_a_step = self._broken_off = False
 
-    def _make_optimizer(self) -> AdamW:
-        groups = parameter_groups(self.model, self.config.weight_decay)
+    def _make_optimizer(self, model: nn.Module) -> AdamW:
+        groups = parameter_groups(model, self.config.weight_decay)
         return AdamW(groups, lr=self.config.learning_rate, betas=self.config.betas, fused=True)
 
     @property
@@ -152,8 +152,8 @@ class Trainer:
         lock = nullcontext() if self.folder is None or locked or not self._writes else exclusive(self.folder)
         with lock, interruptible() as interrupt:
             self._start()
-            modes = [(module, module.training) for module in self.model.modules()]
-            self.model.train()
+            modes = [(module, module.training) for module in self._engine.model.modules()]
+            self._engine.model.train()
             self._broken_off = True
             try:
                 self._loop(interrupt)
@@ -181,16 +181,7 @@ class Trainer:
         for group in engine.param_groups:
             group["lr"] = rate
         batches = [self.train_data.next_batch() for _ in range(config.gradient_accumulation_steps)]
-        loss, n_targets = accumulate_gradients(
-            self._mixtures.forward,
-            [engine.own_rows(batch) for batch in batches],
-            self.device,
-            self._context,
-            n_targets=count_targets(batches),
-            accumulating=engine.accumulating,
-            backward_factor=engine.backward_factor,
-        )
-        loss = engine.sum(loss)
+        loss, n_targets = engine.add_gradients(batches)
         grad_norm = engine.clip(config.grad_clip or float("inf"))
         self._statistics.add(step, loss, grad_norm, n_targets)
         if self.device.type == "cpu":
@@ -315,9 +306,8 @@ class Trainer:
         self._saved = self.step
 
     def _mean_loss(self, batches: Iterable[Batch]) -> float:
-        own = map(self._engine.own_rows, batches)
-        with evaluation_mode(self.model):
-            return mean_loss(self.model, own, self.device, self._context, total_over_ranks=self._engine.sum)
+        with evaluation_mode(self._engine.model):
+            return self._engine.mean_loss(batches)
 
     def _checkpoint_steps(self) -> list[int]:
         return [] if self.folder is None else checkpoint_steps(self.folder / "checkpoints")

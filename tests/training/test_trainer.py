@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import minillm.training.engines
 import minillm.training.trainer
 from minillm.data import TokenDataset
 from minillm.models import Transformer, TransformerConfig
@@ -331,8 +332,11 @@ def test_broken_off_between_steps(shards: Path, tmp_path: Path, monkeypatch: pyt
     trainer = Trainer(
         parts, make_data(shards), make_data(shards, "validation"), config, folder=tmp_path / "parts", progress=False
     )
-    name = {"evaluation": "mean_loss", "saving": "write_checkpoint"}[when]
-    original = getattr(minillm.training.trainer, name)
+    place, name = {
+        "evaluation": (minillm.training.engines, "mean_loss"),
+        "saving": (minillm.training.trainer, "write_checkpoint"),
+    }[when]
+    original = getattr(place, name)
 
     def fail(*arguments: Any, **options: Any) -> Any:
         if trainer.step == 6:
@@ -340,7 +344,7 @@ def test_broken_off_between_steps(shards: Path, tmp_path: Path, monkeypatch: pyt
         return original(*arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(minillm.training.trainer, name, fail)
+        patch.setattr(place, name, fail)
         with pytest.raises(OSError, match="no space"):
             trainer.train()
     result = trainer.train()
