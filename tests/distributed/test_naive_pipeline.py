@@ -1,0 +1,24 @@
+"""The naive pipeline: one stage works, the others wait."""
+
+import itertools
+
+import pytest
+
+from minillm.distributed.pipeline import naive, simulate, validate
+
+
+@pytest.mark.parametrize("p", range(1, 9))
+def test_one_stage_computes_at_a_time(p: int) -> None:
+    for m in range(1, 25):
+        schedule = naive(p, m)
+        validate(schedule)
+        timeline = simulate(schedule)
+        assert timeline.makespan == 3 * m * p
+        assert timeline.bubble == pytest.approx(1 - 1 / p)
+        assert list(timeline.peak_in_flight) == [1] * p
+    spans = sorted((span.start, span.end) for span in timeline.spans)
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
+
+
+def test_the_order_of_a_small_one() -> None:
+    assert str(naive(2, 2)).splitlines()[1:] == ["stage 0: F0 B0 F1 B1", "stage 1: F0 B0 F1 B1"]
