@@ -13,11 +13,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from minillm.distributed.buckets import GradientBucket, assign_buckets
 from minillm.distributed.labels import annotate
 from minillm.distributed.pipeline.schedule import Schedule
 
 Shared = Sequence[Sequence[tuple[int, str]]]
 """Groups of (piece, parameter name) that are one parameter."""
+
+_BUCKET_BYTES = 25 * 2**20  # of gradients in one message
 
 
 class Copies:
@@ -95,8 +98,13 @@ class Copies:
     def add_up(self) -> None:
         """Give every copy the sum of all copies' gradients: the same bits on each, as all add in the stages' order."""
         for holders, found in sorted(self._by_holders.items()):
-            for parameters in _by_dtype(found):
-                own = torch.cat([_gradient(p).reshape(-1) for p in parameters])  # (n,)
+            learning = [parameter for parameter in found if parameter.requires_grad]
+            for members in assign_buckets(learning, _BUCKET_BYTES):
+                bucket = GradientBucket([learning[index] for index in members])
+                for place in range(len(members)):
+                    bucket.fill(place, 1.0)
+                own = bucket.flat  # (n,)
+                assert own is not None
                 theirs = {i: torch.empty_like(own) for i in holders if i != self._stage}
                 with annotate("gradients of copies"):
                     works = [
@@ -107,11 +115,10 @@ class Copies:
                     ]
                     for work in works:
                         work.wait()
-                total = torch.stack([own if i == self._stage else theirs[i] for i in holders]).sum(0)  # (n,)
-                for parameter, part in zip(
-                    parameters, torch.split(total, [p.numel() for p in parameters]), strict=True
-                ):
-                    parameter.grad = part.view(parameter.shape)
+                parts = [own if i == self._stage else theirs[i] for i in holders]
+                own.copy_(sum(parts[1:], parts[0]))
+                for place, parameter in enumerate(bucket.parameters):
+                    parameter.grad = bucket.place(place)
 
     def _send(self, tensor: Tensor, stage: int) -> dist.Work:
         work = dist.isend(tensor.contiguous(), group=self._group, group_dst=stage)
@@ -129,18 +136,6 @@ def _parameter(modules: Mapping[int, nn.Module], piece: int, name: str) -> nn.Pa
         return modules[piece].get_parameter(name)
     except AttributeError:
         raise ValueError(f"shared names {name!r} of piece {piece}, which has no such parameter") from None
-
-
-def _gradient(parameter: nn.Parameter) -> Tensor:
-    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-
-
-def _by_dtype(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
-    found: dict[torch.dtype, list[nn.Parameter]] = defaultdict(list)
-    for parameter in parameters:
-        if parameter.requires_grad:
-            found[parameter.dtype].append(parameter)
-    return [found[dtype] for dtype in sorted(found, key=str)]
 
 
 def _names(keys: Sequence[tuple[int, str]]) -> str:
