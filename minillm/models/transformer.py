@@ -1,12 +1,10 @@
 """The decoder-only transformer (GPT, Llama): embedding, a stack of pre-norm blocks, a final norm, an output head."""
 
 import math
-from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import is_compiling
 from torch.nn import functional as F
 
 from minillm.layers.attention_arguments import check_mask_and_bias
@@ -20,13 +18,11 @@ from minillm.layers.positions import (
     SinusoidalPositions,
 )
 from minillm.layers.routers import NoisyTopKRouter
-from minillm.layers.scaled_dot_product import causal_mask
-from minillm.layers.sparse_attention import block_sparse_attention
-from minillm.layers.sparse_patterns import causal as causal_pattern
-from minillm.layers.sparse_patterns import sliding_window
 from minillm.models.block import TransformerBlock, norm
 from minillm.models.config import TransformerConfig
+from minillm.models.embedding import check_tokens, embed
 from minillm.models.modes import evaluation_mode
+from minillm.models.sight import sight
 
 
 class Transformer(nn.Module):
@@ -123,11 +119,11 @@ class Transformer(nn.Module):
         out of range trips the device-side assertion instead: reading it here would make every step wait for the
         device.)
         """
-        x, sight = self._embed(tokens, cache, positions, mask)
+        x, how = self._embed(tokens, cache, positions, mask)
         records: list[MoERecord] = []
         for index, block in enumerate(self.blocks):
             layer_cache = None if cache is None else cache.layers[index]
-            x, record = block(x, **sight, cache=layer_cache, token_mask=token_mask, return_record=True)
+            x, record = block(x, **how, cache=layer_cache, token_mask=token_mask, return_record=True)
             if record is not None:
                 records.append(record)
         if last_only:
@@ -145,23 +141,9 @@ class Transformer(nn.Module):
         self, tokens: Tensor, cache: KVCache | None, positions: Tensor | None, mask: Tensor | None
     ) -> tuple[Tensor, dict[str, Any]]:
         """Check the input; give the first block's input, and how tokens see each other: arguments for every block."""
-        if not isinstance(tokens, Tensor) or tokens.dtype is not torch.int64:
-            got = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
-            raise TypeError(f"tokens must be an int64 tensor, got {got}")
-        if tokens.dim() != 2 or tokens.size(1) == 0:
-            raise ValueError(f"tokens must be (batch, seq) with seq of at least 1, got shape {tuple(tokens.shape)}")
-        seq = tokens.size(1)
         start = 0 if cache is None else cache.length
-        if start + seq > self.config.context_length:
-            cached = f" after {start} cached" if start else ""
-            raise ValueError(f"context_length is {self.config.context_length}, got {seq} tokens{cached}")
-        if positions is not None and (
-            positions.dtype is not torch.int64 or positions.shape not in ((seq,), tuple(tokens.shape))
-        ):
-            raise ValueError(
-                f"positions must be int64, (seq,) or (batch, seq) of tokens {tuple(tokens.shape)}, "
-                f"got {positions.dtype} {tuple(positions.shape)}"
-            )
+        check_tokens(self.config, tokens, start, positions)
+        seq = tokens.size(1)
         if cache is not None and (
             len(cache.layers) != len(self.blocks) or cache.window not in (None, self.config.window)
         ):
@@ -170,62 +152,22 @@ class Transformer(nn.Module):
                 f"got one for {len(cache.layers)} layers and a window of {cache.window}"
             )
         check_mask_and_bias(mask, None, (tokens.size(0), self.config.n_heads, seq, start + seq))
-        try:
-            x: Tensor = self.token_embedding(tokens)
-        except IndexError:
-            low, high = int(tokens.min()), int(tokens.max())
-            raise ValueError(
-                f"tokens must be in [0, {self.config.vocab_size}) (vocab_size), got values from {low} to {high}"
-            ) from None
-        if isinstance(self.position_embedding, SinusoidalPositions):
-            x = x * math.sqrt(self.config.d_model)
-        rotation = None
-        if self.position_embedding is not None:
-            x = x + (
-                self.position_embedding.span(start, seq) if positions is None else self.position_embedding(positions)
-            )
-        elif self.rotary is not None:
-            if positions is None:
-                positions = torch.arange(start, start + seq, device=tokens.device)
-            rotation = self.rotary.cos_sin(positions)
+        x = embed(self.config, self.token_embedding, self.position_embedding, tokens, start, positions)
         keys = seq if cache is None else cache.n_keys(seq)
         if mask is not None and mask.dim() and mask.size(-1) == start + seq:
             mask = mask[..., -keys:]  # what a rolling cache has forgotten need not be masked
-        return self.dropout(x), {"rotation": rotation, **self._visible(seq, keys, mask, tokens.device)}
-
-    def _visible(self, seq: int, keys: int, mask: Tensor | None, device: torch.device) -> dict[str, Any]:
-        """What ``seq`` queries at the end of ``keys`` keys may see, put together once rather than in every layer."""
-        window = self.config.window
-        if window is not None and keys <= window:
-            window = None
-        causal = True
-        if seq == 1:  # a branch, not `causal = seq > 1`: the compiler may keep that symbolic, and kernels refuse it
-            causal = False
-        bias = None if self.position_bias is None else self.position_bias(seq, keys)
-        if self._sparse_pays(seq, window, bias, device):
-            pattern = causal_pattern() if window is None else sliding_window(window)
-            attend = partial(block_sparse_attention, pattern=pattern)
-            return {"mask": mask, "bias": bias, "causal": False, "attend": attend}
-        if window is not None or (causal and (mask is not None or bias is not None or seq < keys)):
-            triangle = causal_mask(seq, keys, window=window, device=device)
-            if bias is not None:
-                bias = bias.masked_fill(~triangle, -math.inf)
-            else:
-                mask = triangle if mask is None else triangle & mask
-            causal = False
-        return {"mask": mask, "bias": bias, "causal": causal}
-
-    def _sparse_pays(self, seq: int, window: int | None, bias: Tensor | None, device: torch.device) -> bool:
-        """Whether computing only the tiles that are not hidden is faster than masking all of them.
-
-        Torch's causal kernel skips what is hidden, but takes neither a window nor a bias beside it. On a CPU
-        (``benchmarks/attention.py``, ``benchmarks/extrapolation.py``) the walk over the tiles is faster from 512 tokens
-        on; on other devices the fused kernels are too fast for a walk in Python, and a compiler cannot follow it.
-        Shaw's positions bring an attention of their own.
-        """
-        if seq < 512 or device.type != "cpu" or self.config.positions == "shaw" or is_compiling():
-            return False
-        return bias is not None if window is None else seq >= 4 * window
+        how = sight(
+            self.config,
+            self.rotary,
+            self.position_bias,
+            seq,
+            tokens.device,
+            start=start,
+            keys=keys,
+            positions=positions,
+            mask=mask,
+        )
+        return self.dropout(x), how
 
     def new_cache(self, batch_size: int, capacity: int | None = None) -> KVCache:
         """An empty cache for this model, in its dtype and on its device; ``capacity`` None is context_length."""
@@ -247,11 +189,11 @@ class Transformer(nn.Module):
         """Who looks at whom: for each layer (batch, n_heads, seq, seq), rows sum to 1; computed in evaluation mode."""
         weights = []
         with evaluation_mode(self):
-            x, sight = self._embed(tokens, None, None, None)
+            x, how = self._embed(tokens, None, None, None)
             for module in self.blocks:
                 block = cast(TransformerBlock, module)
                 normed = block.attention_norm(x)
                 own = {} if block.relative is None else {"attend": block.relative}
-                weights.append(block.attention(normed, **(sight | own), return_weights=True)[1])
-                x = block(x, **sight)
+                weights.append(block.attention(normed, **(how | own), return_weights=True)[1])
+                x = block(x, **how)
         return weights

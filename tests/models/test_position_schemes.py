@@ -212,7 +212,7 @@ def test_long_texts_with_a_bias_give_what_masking_gives(monkeypatch, positions, 
     results = []
     for way in ("walk", "mask"):
         if way == "mask":
-            monkeypatch.setattr(Transformer, "_sparse_pays", lambda *_: False)
+            monkeypatch.setattr("minillm.models.sight._sparse_pays", lambda *_: False)
         model.zero_grad()
         logits = model(tokens, mask=mask[:, None, None] if padded else None)[seen]
         logits.backward(upstream)
@@ -246,8 +246,8 @@ def test_a_long_piece_behind_a_filled_cache_gives_what_one_pass_gives(positions)
 @torch.no_grad()
 def test_where_a_walk_over_the_tiles_is_taken(changes, seq, walks):
     model = _model(context_length=600, n_layers=1, **changes)
-    _, sight = model._embed(torch.zeros(1, seq, dtype=torch.int64), None, None, None)
-    assert ("attend" in sight) == walks
+    _, how = model._embed(torch.zeros(1, seq, dtype=torch.int64), None, None, None)
+    assert ("attend" in how) == walks
 
 
 @pytest.mark.parametrize("changes", [{"positions": "alibi"}, {"positions": "rope", "window": 64}])

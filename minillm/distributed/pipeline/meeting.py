@@ -10,7 +10,7 @@ from torch import nn
 
 from minillm.distributed.pipeline.copies import Shared
 from minillm.distributed.pipeline.schedule import Schedule
-from minillm.distributed.pipeline.split import Split
+from minillm.distributed.pipeline.split import Split, shared_parameters
 
 Pieces = Split | Sequence[nn.Module] | Mapping[int, nn.Module]
 
@@ -40,17 +40,8 @@ def own_pieces(pieces: Pieces, schedule: Schedule, stage: int, shared: Shared) -
             f"the model is in {len(modules)} pieces, and {schedule.name} of {schedule.n_stages} stages takes "
             f"{schedule.n_pieces}: split(model, {schedule.n_pieces})"
         )
-    found = pieces.shared if isinstance(pieces, Split) else same_parameters(modules)
+    found = pieces.shared if isinstance(pieces, Split) else shared_parameters(modules)
     return {piece: modules[piece] for piece in wanted}, [*found, *shared]
-
-
-def same_parameters(modules: Sequence[nn.Module]) -> list[tuple[tuple[int, str], ...]]:
-    """The parameters that stand in several of the modules, each as its (module, name) in all of them."""
-    places: dict[nn.Parameter, list[tuple[int, str]]] = {}
-    for piece, module in enumerate(modules):
-        for name, parameter in module.named_parameters():
-            places.setdefault(parameter, []).append((piece, name))
-    return [tuple(keys) for keys in places.values() if len(keys) > 1]
 
 
 def check_settings(schedule: Schedule, shared: Shared, optimizer: torch.optim.Optimizer | None) -> None:
