@@ -8,6 +8,7 @@ from minillm.distributed.pipeline.gpipe import gpipe
 from minillm.distributed.pipeline.interleaved import interleaved
 from minillm.distributed.pipeline.naive import naive
 from minillm.distributed.pipeline.one_f_one_b import one_f_one_b
+from minillm.distributed.pipeline.pipedream import pipedream
 from minillm.distributed.pipeline.registry import SCHEDULES, make_schedule
 from minillm.distributed.pipeline.schedule import (
     Schedule,
@@ -17,6 +18,8 @@ from minillm.distributed.pipeline.schedule import (
     schedule_of,
     v_route,
 )
+from minillm.distributed.pipeline.simulate import simulate
+from minillm.distributed.pipeline.validate import validate
 from minillm.distributed.pipeline.zero_bubble import zero_bubble
 
 __all__ = [
@@ -35,7 +38,10 @@ __all__ = [
     "make_schedule",
     "naive",
     "one_f_one_b",
+    "pipedream",
     "schedule_of",
+    "simulate",
     "v_route",
+    "validate",
     "zero_bubble",
 ]
