@@ -67,10 +67,14 @@ def main(traceback: bool) -> None:
 @click.option("--figures", is_flag=True, help="Save loss_curve.png and attention.png in the run folder.")
 @click.option("--dp", type=int, default=1, show_default=True, help="Data-parallel ranks, which torchrun starts.")
 @click.option("--zero", type=int, default=0, show_default=True, help="What they divide: ZeRO stage 1, 2 or 3.")
-@click.option("--engine", default="minillm", show_default=True, help="minillm, or torch for PyTorch's DDP and FSDP2.")
+@click.option("--pp", type=int, default=1, show_default=True, help="Stages of a pipeline, each on --dp of the ranks.")
+@click.option("--schedule", default="1f1b", show_default=True, help="Its schedule, such as gpipe, interleaved or zb-v.")
+@click.option("--micro-batches", type=int, help="What a rank's rows of a batch are cut into.  [default: --pp]")
+@click.option("--chunks", type=int, default=1, show_default=True, help="Pieces of the model on a stage (interleaved).")
+@click.option("--engine", default="minillm", show_default=True, help="minillm, or torch for PyTorch's own.")
 def train(
     preset: str, corpus: str | None, out: Path | None, steps: int | None, device: str | None, seed: int | None,
-    assignments: tuple[str, ...], figures: bool, dp: int, zero: int, engine: str,
+    assignments: tuple[str, ...], figures: bool, **plan_options: Any,
 ) -> None:  # fmt: skip
     """Train a model on a corpus. A run that its folder already holds is taken up where it stopped.
 
@@ -80,6 +84,7 @@ def train(
       $ minillm train --steps 30 --set model.n_layers=1 --set training.learning_rate=2e-3 --out runs/short
       $ minillm train --steps 30 --set model.moe.n_experts=8 --set model.moe.k=2 --out runs/experts
       $ torchrun --standalone --nproc-per-node 2 -m minillm train --dp 2 --zero 3 --out runs/sharded
+      $ torchrun --standalone --nproc-per-node 2 -m minillm train --pp 2 --micro-batches 8 --out runs/staged
     """
     from minillm import presets
     from minillm.distributed.startup import initialize
@@ -95,19 +100,21 @@ def train(
         changes |= {name: value for name, value in flags.items() if value is not None}
         settings = presets.override(presets.load_preset(preset), changes)
         place = resolve_device(TrainingConfig.from_dict(settings["training"]).device)
-        plan = ParallelPlan(dp, zero, engine)
+        plan = ParallelPlan(**plan_options)
     except (ValueError, TypeError, OSError) as error:
         raise click.UsageError(str(error)) from error
-    if plan.dp > 1 and "RANK" not in os.environ:
-        start = f"torchrun --standalone --nproc-per-node {plan.dp} -m minillm train --dp {plan.dp} ..."
-        raise click.UsageError(f"--dp {plan.dp} needs {plan.dp} ranks, which torchrun starts: {start}")
+    n_ranks = plan.n_ranks
+    if n_ranks > 1 and "RANK" not in os.environ:
+        asked = " ".join(f"--{axis} {getattr(plan, axis)}" for axis in ("pp", "dp") if getattr(plan, axis) > 1)
+        start = f"torchrun --standalone --nproc-per-node {n_ranks} -m minillm train {asked} ..."
+        raise click.UsageError(f"{asked} needs {n_ranks} ranks, which torchrun starts: {start}")
     folder = out or Path("runs", Path(preset).stem)
     corpus = settings["data"].pop("corpus", "python-docs")
     backend = "nccl" if place.type == "cuda" else "gloo"
-    with nullcontext() if plan.dp == 1 else initialize(backend=backend) as here:
+    with nullcontext() if n_ranks == 1 else initialize(backend=backend) as here:
         first = here is None or here.rank == 0
         if first:
-            ranks = "" if plan.dp == 1 else f", on {plan.dp} ranks"
+            ranks = "" if n_ranks == 1 else f", on {n_ranks} ranks"
             click.echo(f"{preset} on {corpus}, in {folder}{ranks}")
         sections: Any = settings  # the checker takes **settings for any of train_run's arguments
         result = train_run(folder, corpus=corpus, parallel=plan, **sections)

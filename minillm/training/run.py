@@ -79,8 +79,9 @@ def train_run(
     """
     folder, plan = Path(folder), parallel or ParallelPlan()
     settings = complete_settings(corpus, tokenizer, data, model, training)
+    _check_plan(plan, settings)
     plan.check_ranks()
-    first = plan.dp == 1 or dist.get_rank() == 0
+    first = plan.n_ranks == 1 or dist.get_rank() == 0
     # Held from the first look on: two that begin in one folder would write over each other's tokenizer and settings.
     with _held(folder) if first else contextlib.nullcontext():
         if first and (folder / FILE_NAME).exists():
@@ -89,7 +90,7 @@ def train_run(
             require_same(folder, settings, read_settings(folder))
         elif first:
             _prepare(folder, corpus, settings)
-        if plan.dp > 1:
+        if plan.n_ranks > 1:
             dist.barrier()
         bpe, model_config, train_data, validation = _open(folder, settings)
         if first:  # Only now: what stands here is known to fit together, and an unfinished preparation is begun anew.
@@ -97,9 +98,8 @@ def train_run(
             (folder / _PREPARING).unlink(missing_ok=True)
         config = TrainingConfig.from_dict(settings["training"])
         torch.manual_seed(config.seed)
-        transformer = Transformer(model_config)
         trainer = Trainer(
-            transformer,
+            Transformer(model_config),
             train_data,
             validation,
             config,
@@ -114,6 +114,16 @@ def train_run(
         unigram_entropy=None if validation is None else unigram_entropy(train_data, validation),
         entropy_floor=_entropy_floor(corpus, bpe),
     )
+
+
+def _check_plan(plan: ParallelPlan, settings: dict[str, Any]) -> None:
+    """Raise ValueError for a model or batches that a pipeline cannot divide, before anything is prepared for them."""
+    if plan.pp == 1:
+        return
+    plan.check_rows(settings["data"]["batch_size"])
+    with torch.device("meta"):
+        vocab_size = settings["tokenizer"]["vocab_size"]
+        plan.split(Transformer(TransformerConfig.from_dict({**settings["model"], "vocab_size": vocab_size})))
 
 
 def load_run(folder: str | Path, device: str = "auto") -> tuple[Transformer, ByteBPETokenizer]:

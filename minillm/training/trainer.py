@@ -57,8 +57,9 @@ class Trainer:
     never been stopped.
 
     Args:
-        model: tokens (batch, seq) -> logits (batch, seq, vocab_size). It is moved to the device and trained in place.
-            The losses of a `Transformer`'s experts are added to what is minimised, not to the loss that is reported.
+        model: tokens (batch, seq) -> logits (batch, seq, vocab_size). It is moved to the device and trained in place;
+            where the plan divides it, this rank's part of it is, and it is no whole model any more. The losses of a
+            `Transformer`'s experts are added to what is minimised, not to the loss that is reported.
         train_data, validation_data: where the batches come from.
         config: see `TrainingConfig`.
         folder: where metrics and checkpoints go; None writes nothing.
@@ -74,7 +75,7 @@ class Trainer:
     Raises:
         FileExistsError: `resume` is False and there are checkpoints.
         ValueError, RuntimeError: a device, a precision, a compiler or ranks that are not there; compiling on several
-            ranks.
+            ranks; a model that the plan cannot divide.
     """
 
     def __init__(
@@ -102,8 +103,9 @@ class Trainer:
         self.model = model
         self.train_data, self.validation_data = train_data, validation_data
         plan = parallel or ParallelPlan()
-        if self.config.compile and plan.dp > 1:
-            raise ValueError(f"compile=True trains in one process, and dp is {plan.dp}")
+        if self.config.compile and plan.n_ranks > 1:
+            axis = "dp" if plan.pp == 1 else "pp"
+            raise ValueError(f"compile=True trains in one process, and {axis} is {getattr(plan, axis)}")
         context = partial(autocast, self.precision, self.device)
         self._engine = make_engine(plan, model, self._make_optimizer, self.device, context)
         self.optimizer = self._engine.optimizer
