@@ -192,7 +192,9 @@ MEASURED = [
     ("chimera", 4, 8, 1),
     ("dualpipe", 4, 8, 1),
 ]
-WIDTH, ROWS = 32, 16
+SMALL = [(name, 2, 4, min(v, 2)) for name, _, _, v in MEASURED if v < 4]
+WIDTH, ROWS, LAYERS = 16, 128, 8  # of a stage
+MICRO_BATCH_BYTES = LAYERS * ROWS * WIDTH * 4  # what a layer keeps of a micro-batch is its input
 
 
 class Work(nn.Module):
@@ -209,9 +211,6 @@ class Work(nn.Module):
         for layer in self.layers:
             x = torch.tanh(layer(x))
         return x
-
-
-LAYERS = 16
 
 
 def work(schedule: Schedule) -> list[nn.Module]:
@@ -245,9 +244,14 @@ def measured_bubble(schedule: Schedule, latency: float = 0.0) -> float:
         flops_per_second=LAYERS * 2 * ROWS * WIDTH**2,
     )
     begin = max(simulation.results)
-    spans = [span for span in simulation.timeline if span.lane == "compute" and span.start >= begin - 1e-9]
-    length = max(span.end for span in spans) - min(span.start for span in spans)
-    return 1 - sum(span.end - span.start for span in spans) / schedule.n_stages / length
+    # Work that goes on without a gap is one span, which may have begun in the step before.
+    spans = [
+        (max(span.start, begin), span.end)
+        for span in simulation.timeline
+        if span.lane == "compute" and span.end > begin
+    ]
+    length = max(end for _, end in spans) - min(start for start, _ in spans)
+    return 1 - sum(end - start for start, end in spans) / schedule.n_stages / length
 
 
 def closed_form(name: str, p: int, m: int, v: int) -> float | None:
@@ -292,10 +296,10 @@ def peaks(schedule: Schedule, recompute: bool) -> list[int]:
 
     def step() -> int:
         pieces = work(schedule)
-        pipeline = Pipeline(pieces, schedule, mean_square, recompute=recompute)
-        pipeline.step(*batch(schedule))
+        pipeline, data = Pipeline(pieces, schedule, mean_square, recompute=recompute), batch(schedule)
+        pipeline.step(*data)
         with measure_memory(nn.ModuleList(pieces)) as memory:
-            pipeline.step(*batch(schedule))
+            pipeline.step(*data)
         return memory.peak["activations"] + memory.peak["other"]
 
     return list(simulate_ranks(step, schedule.n_stages).results)
@@ -303,7 +307,6 @@ def peaks(schedule: Schedule, recompute: bool) -> list[int]:
 
 def memory(cases: list[tuple[str, int, int, int]]) -> list[dict[str, Any]]:
     rows = []
-    per_micro_batch = LAYERS * 2 * ROWS * WIDTH * 4  # a layer keeps its input and its output
     for name, p, m, v in cases:
         schedule = make_schedule(name, p, m, v)
         row: dict[str, Any] = {"schedule": name, "stages": p, "micro_batches": m, "chunks": v}
@@ -311,7 +314,7 @@ def memory(cases: list[tuple[str, int, int, int]]) -> list[dict[str, Any]]:
         for recompute in (False, True):
             row["bytes_recompute" if recompute else "bytes"] = peaks(schedule, recompute)
         rows.append(row)
-        texts = [" ".join(f"{n / per_micro_batch:5.2f}" for n in row[key]) for key in ("bytes", "bytes_recompute")]
+        texts = [" ".join(f"{n / MICRO_BATCH_BYTES:5.2f}" for n in row[key]) for key in ("bytes", "bytes_recompute")]
         in_theory = " ".join(f"{n:4.1f}" for n in row["in_flight"])
         print(f"{name:14} {p:2} {m:3} {v:2}   {in_theory}   {texts[0]}   {texts[1]}", flush=True)
     return rows
@@ -335,9 +338,9 @@ def main() -> None:
             rounds = 1 if smoke else arguments.rounds
             steps += overhead(arguments.schedules, n_ranks, size, MICRO_BATCHES, 2, rounds)
     print("\nbubbles         p   m  v  measured    theory simulated  with latency simulated")
-    measured = bubbles(MEASURED)
+    measured = bubbles(SMALL if smoke else MEASURED)
     print("\npeak of activations, in micro-batches' worth, by stage: schedule's, measured, with recomputation")
-    kept = memory(MEASURED)
+    kept = memory(SMALL if smoke else MEASURED)
     result = {
         "benchmark": "pipeline",
         "micro_batches": MICRO_BATCHES,

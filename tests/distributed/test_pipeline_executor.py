@@ -224,7 +224,7 @@ def test_a_parameter_of_three_pieces(name: str, p: int, m: int, v: int) -> None:
 
     def make() -> list[nn.Module]:
         pieces = make_pieces(schedule.n_pieces)
-        blocks = [next(layer for layer in piece if isinstance(layer, Block)) for piece in pieces]  # type: ignore[union-attr]
+        blocks = [next(layer for layer in piece.children() if isinstance(layer, Block)) for piece in pieces]
         for block in (blocks[1], blocks[-1]):
             block.inner.weight = blocks[0].inner.weight
             block.norm.bias = blocks[0].norm.bias
@@ -580,7 +580,7 @@ def transformer(tied: bool) -> Transformer:
 def test_a_split_transformer_with_tied_embeddings(name: str, p: int, m: int, v: int) -> None:
     schedule, batch = make_schedule(name, p, m, v), make_batch([2] * m)
 
-    def ranks() -> tuple[Tensor, dict[str, Tensor | None]]:
+    def ranks() -> tuple[Tensor, Tensor, dict[str, Tensor | None]]:
         model = transformer(tied=True)
         pipeline = Pipeline(split(model, schedule.n_pieces), schedule, mean_loss)
         loss = pipeline.step(*batch)
@@ -646,7 +646,7 @@ def test_ranks_that_begin_differently_agree_on_what_they_share(name: str, p: int
             for parameter in {q for piece in own.values() for q in piece.parameters()}:
                 parameter.mul_(1 + 0.1 * dist.get_rank())
         if 0 in own and last in own:
-            own[last][1].weight = own[0][0].weight  # type: ignore[index, union-attr]
+            own[last][1].weight = own[0][0].weight  # type: ignore[index]
         pipeline = Pipeline(own, schedule, mean_loss, shared=tied)
         values = {f"{i}.{key}": value.clone() for i, piece in own.items() for key, value in piece.state_dict().items()}
         loss = pipeline.step(*batch)

@@ -53,7 +53,7 @@ def different_orders() -> Any:
 
 
 def different_reductions() -> Any:
-    return Pipeline(make_pieces(), gpipe(2, 4), loss_of, reduction=("mean", "sum")[dist.get_rank()])  # type: ignore[arg-type]
+    return Pipeline(make_pieces(), gpipe(2, 4), loss_of, reduction=("mean", "sum")[dist.get_rank()])
 
 
 def swapped_pieces() -> Any:
