@@ -44,6 +44,14 @@ from minillm.costs.moe import expert_parameters, moe_layers
 from minillm.costs.moe_card import PublishedMoE
 from minillm.costs.offload import offload_device_bytes, offload_host_bytes, offload_link_bytes
 from minillm.costs.parameters import active_parameters, parameters, parameters_by_part
+from minillm.costs.pipeline import (
+    pipedream_staleness,
+    pipedream_versions,
+    pipeline_bubble,
+    pipeline_bytes_sent,
+    pipeline_in_flight,
+    zero_bubble_seconds,
+)
 from minillm.costs.published import PUBLISHED_MODELS, PublishedModel
 from minillm.costs.published_moe import PUBLISHED_MOE_MODELS, MoEFigures, moe_figures
 from minillm.costs.zero import (
@@ -102,10 +110,16 @@ __all__ = [
     "offload_link_bytes",
     "parameters",
     "parameters_by_part",
+    "pipedream_staleness",
+    "pipedream_versions",
+    "pipeline_bubble",
+    "pipeline_bytes_sent",
+    "pipeline_in_flight",
     "ring_chunks",
     "standard_attention_backward_traffic",
     "standard_attention_traffic",
     "training_flops",
+    "zero_bubble_seconds",
     "zero_bytes_by_kind",
     "zero_bytes_per_rank",
     "zero_communication_bytes",
