@@ -18,6 +18,8 @@ from minillm.distributed.pipeline import (
     gpipe,
     make_schedule,
     one_f_one_b,
+    pipedream,
+    pipedream_2bw,
     simulate,
     validate,
 )
@@ -36,6 +38,23 @@ WHOLE = [  # whose backward passes are whole
     ("chimera", 4, 8, 1),
 ]
 ALL = [*WHOLE, ("zb-h1", 4, 8, 1), ("zb-h2", 4, 9, 1), ("zb-v", 4, 8, 2), ("dualpipe", 4, 8, 1)]
+ASYNCHRONOUS = [("pipedream", 4, 8, 1), ("vertical sync", 4, 6, 1), ("without stashing", 3, 7, 1), ("2bw", 3, 12, 1)]
+
+
+def make(case: tuple[str, int, int, int]) -> Schedule:
+    name, p, m, _ = case
+    if name == "2bw":
+        return pipedream_2bw(p, m)
+    if name in ("pipedream", "vertical sync", "without stashing"):
+        return pipedream(p, m, vertical_sync=name == "vertical sync", stashing=name != "without stashing")
+    return make_schedule(*case)
+
+
+def pipeline_of(schedule: Schedule, durations: Durations | None = None) -> Pipeline:
+    pieces = make_pieces(schedule.n_pieces)
+    own = [parameter for i in schedule.pieces[dist.get_rank()] for parameter in pieces[i].parameters()]
+    optimizer = None if schedule.synchronous else torch.optim.SGD(own, lr=0.01)
+    return Pipeline(pieces, schedule, loss_of, optimizer=optimizer, durations=durations)
 
 
 def each(cases: list[tuple[str, int, int, int]]) -> Any:
@@ -59,7 +78,7 @@ def second_step(schedule: Schedule, rows: list[int]) -> list[Message]:
     """The messages of the passes of a step whose shapes are known."""
 
     def ranks() -> None:
-        pipeline = Pipeline(make_pieces(schedule.n_pieces), schedule, loss_of)
+        pipeline = pipeline_of(schedule)
         pipeline.step(*batch_of(rows))
         pipeline.step(*batch_of(rows))
 
@@ -70,9 +89,9 @@ def second_step(schedule: Schedule, rows: list[int]) -> list[Message]:
     return found[len(found) // 2 :]
 
 
-@each(ALL)
+@each([*ALL, *ASYNCHRONOUS])
 def test_messages_and_bytes_of_each_link_are_the_schedules(case: tuple[str, int, int, int]) -> None:
-    schedule = make_schedule(*case)
+    schedule = make(case)
     rows = [1 + i % 3 for i in range(schedule.n_micro_batches)]
 
     found = Counter[tuple[int, int, str]]()
@@ -256,7 +275,7 @@ def spans_of(schedule: Schedule, durations: Durations, network: Network) -> list
     """What the ranks did in a step, by the clock at which the first of them began it."""
 
     def ranks() -> float:
-        pipeline = Pipeline(make_pieces(schedule.n_pieces), schedule, loss_of, durations=durations)
+        pipeline = pipeline_of(schedule, durations)
         batch = batch_of([1] * schedule.n_micro_batches)
         pipeline.step(*batch)  # shapes are told in the first
         dist.barrier()
@@ -275,20 +294,19 @@ def by_rank(spans: Iterator[Span]) -> list[tuple[int, str, float, float]]:
     return sorted((s.rank, s.name, s.start, s.end) for s in spans)
 
 
-@each(ALL)
-@pytest.mark.parametrize("latency", [0.0, 0.25])
-@pytest.mark.parametrize("uneven", [False, True])
+@each([*ALL, *ASYNCHRONOUS])
+@pytest.mark.parametrize(("latency", "uneven"), [(0.0, False), (1.5, True)])
 def test_the_executor_takes_the_time_that_the_simulator_says(
     case: tuple[str, int, int, int], latency: float, uneven: bool
 ) -> None:
-    schedule = make_schedule(*case)
+    schedule = make(case)
     costs: Any = [1.0 + 0.5 * (i % 3) for i in range(schedule.n_pieces)] if uneven else 1.0
     doubled: Any = [2 * cost for cost in costs] if uneven else 2.0
-    durations = Durations.of(schedule, forward=costs, backward=doubled)
+    durations = Durations.of(schedule, forward=costs, backward=doubled, update=0.5)
 
     found = spans_of(schedule, durations, Network(latency=latency, bandwidth=1e30))
 
-    timeline = simulate(schedule, forward=costs, backward=doubled, latency=latency)
+    timeline = simulate(schedule, forward=costs, backward=doubled, update=0.5, latency=latency)
     expected = [span for span in timeline.spans if span.lane == "compute"]
     for (rank, name, start, end), (other, other_name, other_start, other_end) in zip(
         by_rank(iter(found)), by_rank(iter(expected)), strict=True
