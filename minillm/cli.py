@@ -91,7 +91,7 @@ def train(
     from minillm.training import TrainingConfig
     from minillm.training.parallel import ParallelPlan
     from minillm.training.precision import resolve_device
-    from minillm.training.run import train_run
+    from minillm.training.run import check_run, train_run
 
     flags = {"data.corpus": corpus, "training.max_steps": steps, "training.device": device}
     flags |= {"training.seed": seed, "data.seed": seed}
@@ -103,20 +103,21 @@ def train(
         plan = ParallelPlan(**plan_options)
     except (ValueError, TypeError, OSError) as error:
         raise click.UsageError(str(error)) from error
+    folder = out or Path("runs", Path(preset).stem)
+    corpus = settings["data"].pop("corpus", "python-docs")
+    sections: Any = settings  # the checker takes **settings for any of train_run's arguments
+    check_run(plan, corpus, **sections)
     n_ranks = plan.n_ranks
     if n_ranks > 1 and "RANK" not in os.environ:
         asked = " ".join(f"--{axis} {getattr(plan, axis)}" for axis in ("pp", "dp") if getattr(plan, axis) > 1)
         start = f"torchrun --standalone --nproc-per-node {n_ranks} -m minillm train {asked} ..."
         raise click.UsageError(f"{asked} needs {n_ranks} ranks, which torchrun starts: {start}")
-    folder = out or Path("runs", Path(preset).stem)
-    corpus = settings["data"].pop("corpus", "python-docs")
     backend = "nccl" if place.type == "cuda" else "gloo"
     with nullcontext() if n_ranks == 1 else initialize(backend=backend) as here:
         first = here is None or here.rank == 0
         if first:
             ranks = "" if n_ranks == 1 else f", on {n_ranks} ranks"
             click.echo(f"{preset} on {corpus}, in {folder}{ranks}")
-        sections: Any = settings  # the checker takes **settings for any of train_run's arguments
         result = train_run(folder, corpus=corpus, parallel=plan, **sections)
     if first:
         _tell(folder, result, figures)

@@ -78,8 +78,7 @@ def train_run(
             folder (all but those of `training` are fixed once and for all).
     """
     folder, plan = Path(folder), parallel or ParallelPlan()
-    settings = complete_settings(corpus, tokenizer, data, model, training)
-    _check_plan(plan, settings)
+    settings = check_run(plan, corpus, tokenizer, data, model, training)
     plan.check_ranks()
     first = plan.n_ranks == 1 or dist.get_rank() == 0
     # Held from the first look on: two that begin in one folder would write over each other's tokenizer and settings.
@@ -116,14 +115,26 @@ def train_run(
     )
 
 
-def _check_plan(plan: ParallelPlan, settings: dict[str, Any]) -> None:
-    """Raise ValueError for a model or batches that a pipeline cannot divide, before anything is prepared for them."""
-    if plan.pp == 1:
-        return
-    plan.check_rows(settings["data"]["batch_size"])
-    with torch.device("meta"):
+def check_run(
+    plan: ParallelPlan,
+    corpus: str = "python-docs",
+    tokenizer: dict[str, Any] | None = None,
+    data: dict[str, Any] | None = None,
+    model: dict[str, Any] | None = None,
+    training: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """All settings of a run, arguments as those of `train_run`, which prepares nothing before this has seen them.
+
+    Raises:
+        ValueError: a setting that does not exist or is out of range; a model or batches that the plan cannot divide.
+    """
+    settings = complete_settings(corpus, tokenizer, data, model, training)
+    if plan.pp > 1:
+        plan.check_rows(settings["data"]["batch_size"])
         vocab_size = settings["tokenizer"]["vocab_size"]
-        plan.split(Transformer(TransformerConfig.from_dict({**settings["model"], "vocab_size": vocab_size})))
+        with torch.device("meta"):
+            plan.split(Transformer(TransformerConfig.from_dict({**settings["model"], "vocab_size": vocab_size})))
+    return settings
 
 
 def load_run(folder: str | Path, device: str = "auto") -> tuple[Transformer, ByteBPETokenizer]:
