@@ -801,6 +801,27 @@ def partition(costs, p):
                 halving(halves="order += [f'I{k}']", rest="[f'W{k}' for k in range(m)]"),
                 "W at a time",
             ),
+            "W when the memory is full": (
+                halving()
+                + """
+def zb_h1(p, m):
+    orders = []
+    for stage in range(p):
+        order, f, i, w = [], 0, 0, 0
+        while i < m:
+            while f < m and f - i < p - stage:
+                if f - w == p:
+                    order.append(f"W{w}")
+                    w += 1
+                order.append(f"F{f}")
+                f += 1
+            order.append(f"I{i}")
+            i += 1
+        orders.append(order + [f"W{k}" for k in range(w, m)])
+    return orders
+""",
+                "from 4 to 5 stage 0 waits for I1, while it owes a W",
+            ),
             "whole backward passes": (halving(halves="order += [f'B{k}']", rest="[]"), "F, I, W"),
             "a W less": (
                 halving(
