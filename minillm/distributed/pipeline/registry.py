@@ -75,7 +75,7 @@ def make_schedule(name: str, n_stages: int, n_micro_batches: int, n_chunks: int 
     if n_chunks not in (1, recipe.pieces_per_stage):
         chunked = " or ".join(other for other, found in SCHEDULES.items() if found.takes_chunks)
         raise ValueError(
-            f"n_chunks is for the schedules that take it ({chunked}), {name} has {recipe.pieces_per_stage} on each "
-            f"stage; got {n_chunks}, the nearest that will do is {recipe.pieces_per_stage}"
+            f"n_chunks is for the schedules that take it ({chunked}), {name} cuts the model into "
+            f"{recipe.pieces_per_stage} a stage; got {n_chunks}, the nearest that will do is {recipe.pieces_per_stage}"
         )
     return recipe.make(n_stages, n_micro_batches)
