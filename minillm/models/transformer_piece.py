@@ -54,7 +54,7 @@ class TransformerPiece(nn.Module):
         self.blocks = nn.ModuleDict({str(index): model.blocks[index] for index in here})
         if self.is_last:
             self.final_norm, self.lm_head = model.final_norm, model.lm_head
-        self.training = model.training
+        self.training = self.blocks.training = model.training
 
     def forward(self, x: Tensor, losses: Tensor | None = None) -> Carried:
         """What the layers make of what came in.

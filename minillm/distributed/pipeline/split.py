@@ -54,8 +54,9 @@ def split(
 
     Args:
         model: a `minillm.models.Transformer` (layers: the embedding, each block, the last norm with the head), an
-            `nn.Sequential` (its children), or a sequence of modules, each of which takes what the one before gives: a
-            tensor or a tuple of tensors.
+            `nn.Sequential` (its children, each called with what the one before gives, as there), or a sequence of
+            modules, each of which takes the tensor that the one before gives, or the tensors of its tuple one by one.
+            A module may stand there twice.
         n_pieces: 1 to the number of layers.
         balance: what to balance: "parameters" (memory), "flops" of a forward pass, measured "time" of both passes, or
             the cost of each layer. Measured time differs from rank to rank: cut on one of them and give the others its
@@ -64,7 +65,7 @@ def split(
 
     Raises:
         ValueError: fewer layers than pieces, costs that are not one a layer, an unknown balance, or no sample for it.
-        TypeError: a model whose layers nobody knows.
+        TypeError: a model whose layers nobody knows, such as an nn.Sequential with a forward of its own.
     """
     n_layers, cut = _layers(model)
     if isinstance(n_pieces, bool) or not isinstance(n_pieces, int):
@@ -94,10 +95,17 @@ def _layers(model: nn.Module | Sequence[nn.Module]) -> tuple[int, Callable[[int,
     """How many layers there are, and what makes a module of those from i to j - 1."""
     if isinstance(model, Transformer):
         return len(model.blocks) + 2, lambda i, j: TransformerPiece(model, i, j)
+    row_type: type[nn.Sequential] = _Row
     if isinstance(model, nn.Sequential):
-        named = list(model.named_children())
+        if type(model).forward is not nn.Sequential.forward:
+            raise TypeError(
+                f"model must be the row of its children, and {type(model).__name__} has a forward of its own: give the "
+                "layers as a sequence of modules"
+            )
+        # Not named_children: it leaves out a module that stands there a second time.
+        named = list(zip(model._modules, model, strict=True))
     elif isinstance(model, (Sequence, nn.ModuleList)):
-        named = [(str(index), layer) for index, layer in enumerate(model)]
+        row_type, named = _Chain, [(str(index), layer) for index, layer in enumerate(model)]
     else:
         named = []
     if not named or not all(isinstance(layer, nn.Module) for _, layer in named):
@@ -107,7 +115,7 @@ def _layers(model: nn.Module | Sequence[nn.Module]) -> tuple[int, Callable[[int,
         )
 
     def cut(i: int, j: int) -> nn.Module:
-        row = _Row(OrderedDict(named[i:j]))
+        row = row_type(OrderedDict(named[i:j]))
         row.training = named[i][1].training
         return row
 
@@ -115,7 +123,17 @@ def _layers(model: nn.Module | Sequence[nn.Module]) -> tuple[int, Callable[[int,
 
 
 class _Row(nn.Sequential):
-    """`nn.Sequential` for layers that may take and give several tensors."""
+    """Children of an `nn.Sequential`, called as there: one that takes several tensors takes them as a tuple."""
+
+    def forward(self, *given: Any) -> Any:
+        result: Any = given if len(given) > 1 else given[0]
+        for layer in self:
+            result = layer(result)
+        return result
+
+
+class _Chain(nn.Sequential):
+    """Layers that may take several tensors, each as an argument of its own."""
 
     def forward(self, *given: Any) -> Any:
         result: Any = given
