@@ -110,20 +110,18 @@ def cases() -> Iterator[tuple[str, int, int, int]]:
     for p in (1, 2, 3, 4):
         for name in ("naive", "gpipe", "1f1b", "zb-h1", "zb-h2"):
             yield name, p, 1, 1
-            yield name, p, 2 * p + 1, 1
+            yield name, p, p + 2, 1
         for v in (1, 2, 3):
             for name in ("interleaved", "breadth-first"):
-                yield name, p, 2 * p, v
+                yield name, p, 2 * p if v == 2 else p, v
         yield "zb-v", p, 2 * p + 1, 2
         if p % 2 == 0:
             yield "chimera", p, p, 1
             yield "chimera", p, 2 * p, 1
             yield "dualpipe", p, 2 * p, 1
-    for name in ("naive", "gpipe", "1f1b", "zb-h1", "zb-h2", "chimera"):
+    for name in ("1f1b", "zb-h2", "chimera"):
         yield name, 8, 8, 1
-    yield "dualpipe", 8, 16, 1
-    for name in ("interleaved", "breadth-first", "zb-v"):
-        yield name, 8, 8, 2
+    yield "interleaved", 8, 8, 2
 
 
 CASES = [pytest.param(*case, id="-".join(map(str, case))) for case in cases()]
@@ -153,7 +151,7 @@ def test_gradients_of_one_process(name: str, p: int, m: int, v: int) -> None:
         torch.testing.assert_close(losses, ranks[0][1], rtol=0, atol=0)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_any_schedule_any_sizes(data: st.DataObject) -> None:
     name, p, m, v = data.draw(st.sampled_from(sorted(set(cases()))).filter(lambda case: case[1] <= 4))
@@ -250,13 +248,14 @@ def frozen_pieces(n_pieces: int, frozen: str) -> list[nn.Module]:
 
 
 @each_schedule
-@pytest.mark.parametrize("frozen", ["the first pieces", "a piece within", "some parameters", "all but the first piece"])
-def test_frozen_parameters(name: str, p: int, m: int, v: int, frozen: str) -> None:
+def test_frozen_parameters(name: str, p: int, m: int, v: int) -> None:
     schedule, batch = make_schedule(name, p, m, v), make_batch([2] * m)
+    for frozen in ("the first pieces", "a piece within", "some parameters", "all but the first piece"):
 
-    ranks = simulate_ranks(on_rank, p, schedule, lambda: frozen_pieces(schedule.n_pieces, frozen), batch).results
+        def make(frozen: str = frozen) -> list[nn.Module]:
+            return frozen_pieces(schedule.n_pieces, frozen)
 
-    assert_one_process(ranks, one_process(frozen_pieces(schedule.n_pieces, frozen), batch))
+        assert_one_process(simulate_ranks(on_rank, p, schedule, make, batch).results, one_process(make(), batch))
 
 
 @each_schedule
