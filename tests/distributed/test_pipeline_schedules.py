@@ -92,7 +92,7 @@ def test_one_stage_and_one_micro_batch_are_schedules_too(name: str) -> None:
         (("dualpipe", 5, 10), r"n_stages of DualPipe .*got 5, .* 4 or 6"),
         (("dualpipe", 4, 9), r"n_micro_batches of DualPipe .*got 9, .* 8 or 10"),
         (("dualpipe", 4, 6), r"at least twice the 4 stages.*got 6, the nearest that will do: 8"),
-        (("gpipe", 4, 6, 2), r"n_chunks .*interleaved or breadth-first.*gpipe cuts the model into 1 a stage; got 2, .*is 1"),
+        (("gpipe", 4, 6, 2), r"interleaved or breadth-first.*gpipe cuts the model into 1 a stage; got 2, .*is 1"),
         (("zb-v", 4, 6, 3), r"zb-v cuts the model into 2 a stage; got 3, .*is 2"),
         (("gpipe", 0, 4), r"n_stages of GPipe must be at least 1, got 0; .* 1"),
         (("1f1b", 2, -3), r"n_micro_batches of 1F1B must be at least 1, got -3"),

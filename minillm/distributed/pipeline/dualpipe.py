@@ -23,7 +23,8 @@ def dualpipe(n_stages: int, n_micro_batches: int) -> Schedule:
     With p stages, and times F, I and W of the passes (B = I + W the whole backward, F&B a pair), the paper counts a
     bubble of (p/2 - 1) (F&B + B - 3W), where a pair begins when both of its passes can and gives nothing before both
     have ended. One after the other (F&B = F + B) the passes of a pair wait for themselves only, and the bubble is
-    (p/2 - 1) (F + I - W): half of ZB-H1's, if F = I >= W. On each stage p + 1 micro-batches are in flight.
+    (p/2 - 1) (F + I - W), less than half of ZB-H1's. Both are exact if F = I >= W. On each stage p + 1 micro-batches
+    are in flight.
 
     Args:
         n_stages: p, even.
