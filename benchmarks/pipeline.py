@@ -54,7 +54,7 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, schedules
 from torch.nn import functional as F
 
-from minillm.costs import pipeline_bubble
+from minillm.costs import pipeline_bubble, zero_bubble_seconds
 from minillm.distributed import Network, measure_memory, now, run_ranks, simulate_ranks
 from minillm.distributed.pipeline import Pipeline, Schedule, make_schedule, simulate, split, validate
 from minillm.models import Transformer, TransformerConfig
@@ -260,8 +260,9 @@ def closed_form(name: str, p: int, m: int, v: int) -> float | None:
         return 1 - 1 / p
     if name in ("gpipe", "1f1b", "interleaved", "breadth-first"):
         return pipeline_bubble(p, m, v)
-    if name == "zb-h1":  # (p - 1) (F + I - W) beside 3 m of work
-        return (p - 1) / (3 * m + p - 1)
+    if name == "zb-h1":
+        waits = zero_bubble_seconds(p, 1.0, 1.0, 1.0, variant="h1")
+        return waits / (3 * m + waits)
     return None
 
 

@@ -10,12 +10,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from minillm.costs import pipeline_bytes_sent, pipeline_in_flight
 from minillm.distributed import Message, Network, Span, measure_memory, now, simulate_ranks
 from minillm.distributed.pipeline import (
     Durations,
     Pipeline,
     Schedule,
     gpipe,
+    interleaved,
     make_schedule,
     one_f_one_b,
     pipedream,
@@ -113,18 +115,15 @@ def test_messages_and_bytes_of_each_link_are_the_schedules(case: tuple[str, int,
     assert n_bytes == expected_bytes
 
 
-@pytest.mark.parametrize("p", [2, 3, 4])
-def test_a_chain_of_stages_sends_each_activation_once_each_way(p: int) -> None:
-    rows, m = [3] * 5, 5
-
-    for schedule in (gpipe(p, m), one_f_one_b(p, m)):
-        sent = Counter[tuple[int, int]]()
-        for message in second_step(schedule, rows):
-            sent[message.source, message.destination] += message.n_bytes
-        activation = 3 * WIDTH * 4
-        there = {(i, i + 1): m * activation for i in range(p - 1)}
-        back = {(i + 1, i): m * activation for i in range(p - 1)}
-        assert dict(sent) == there | back
+@pytest.mark.parametrize(
+    ("schedule", "v"), [(gpipe(3, 5), 1), (one_f_one_b(4, 5), 1), (interleaved(2, 4, 3), 3), (interleaved(4, 4, 2), 2)]
+)
+def test_stages_send_the_bytes_of_the_closed_form(schedule: Schedule, v: int) -> None:
+    p, m, activation = schedule.n_stages, schedule.n_micro_batches, 3 * WIDTH * 4
+    sent = [0] * p
+    for message in second_step(schedule, [3] * m):
+        sent[message.source] += message.n_bytes
+    assert sent == [pipeline_bytes_sent(p, m, activation, stage=stage, n_chunks=v) for stage in range(p)]
 
 
 def test_shapes_go_ahead_of_their_first_messages_only() -> None:
@@ -190,10 +189,10 @@ def test_graphs_alive_at_the_peak_are_those_of_the_proof(case: tuple[str, int, i
     chunks = schedule.n_pieces / schedule.n_stages
     assert [most / chunks for most, _ in results] == pytest.approx(list(validate(schedule).peak_in_flight))
     assert all(left == 0 for _, left in results)
-    p, m = schedule.n_stages, schedule.n_micro_batches
-    closed = {"gpipe": [m] * p, "1f1b": [min(p - s, m) for s in range(p)], "naive": [1] * p}
-    if case[0] in closed:
-        assert [most for most, _ in results] == closed[case[0]]
+    name, p, m, v = case
+    if name in ("gpipe", "1f1b", "interleaved"):
+        in_theory = [pipeline_in_flight(name, p, m, stage, n_chunks=v) for stage in range(p)]
+        assert [most / chunks for most, _ in results] == pytest.approx(in_theory)
 
 
 DEPTH, INNER, ROWS = 3, 8, 32
