@@ -41,6 +41,9 @@ class Schedule:
         route_of: by micro-batch, which of the routes it takes.
         stashing: whether a backward pass has the weights of its forward pass. False for the schedule that shows what
             happens otherwise.
+
+    Raises:
+        ScheduleError: routes that lead to no stage, or two pieces of the model in one place.
     """
 
     name: str
@@ -48,6 +51,9 @@ class Schedule:
     routes: tuple[Route, ...]
     route_of: tuple[int, ...]
     stashing: bool = True
+
+    def __post_init__(self) -> None:
+        _check_routes(self)
 
     @property
     def n_stages(self) -> int:
@@ -149,6 +155,8 @@ def schedule_of(
     parsed = [[a if isinstance(a, Action) else Action.parse(a) for a in order] for order in orders]
     if not parsed or n_micro_batches < 1:
         raise ScheduleError(f"{name} needs at least 1 stage and 1 micro-batch, got {len(parsed)} and {n_micro_batches}")
+    if route_of is not None and len(route_of) != n_micro_batches:
+        raise ScheduleError(f"{name}: route_of is for {len(route_of)} micro-batches, and there are {n_micro_batches}")
     if routes is None:
         routes = [loop_route(len(parsed), 1 + max((a.chunk for order in parsed for a in order), default=0))]
     bare = Schedule(
@@ -179,6 +187,32 @@ _MESSAGES = {
 }
 _BACKWARDS = (Kind.BACKWARD, Kind.BACKWARD_INPUT)
 _DURATIONS = {Kind.BACKWARD: 2, Kind.UPDATE: 0}  # in forward passes; what is not named takes one
+
+
+def _check_routes(schedule: Schedule) -> None:
+    name, n_stages, routes = schedule.name, schedule.n_stages, schedule.routes
+    if not (n_stages and schedule.route_of and routes and routes[0]):
+        raise ScheduleError(f"{name} needs at least 1 stage, 1 micro-batch, and 1 route through 1 piece")
+    held: dict[Place, int] = {}
+    for route in routes:
+        if len(route) != len(routes[0]):
+            raise ScheduleError(f"{name}: its routes pass {len(routes[0])} and {len(route)} pieces of one model")
+        for piece, (stage, chunk) in enumerate(route):
+            if not 0 <= stage < n_stages:
+                raise ScheduleError(f"{name}: piece {piece} is on stage {stage}; its stages are 0 to {n_stages - 1}")
+            if held.setdefault((stage, chunk), piece) != piece:
+                raise ScheduleError(
+                    f"{name}: stage {stage} has pieces {held[stage, chunk]} and {piece} as chunk {chunk}"
+                )
+    for stage in range(n_stages):
+        chunks = sorted(chunk for at, chunk in held if at == stage)
+        if chunks != list(range(len(chunks))):
+            raise ScheduleError(
+                f"{name}: the chunks of stage {stage} are numbered {chunks}; they count from 0, each once"
+            )
+    for m, which in enumerate(schedule.route_of):
+        if not 0 <= which < len(routes):
+            raise ScheduleError(f"{name}: micro-batch {m} takes route {which}; there are {len(routes)}, from 0")
 
 
 def _check_places(schedule: Schedule) -> None:

@@ -74,6 +74,8 @@ def _complete(schedule: Schedule, stage: int, actions: tuple[Action, ...]) -> No
             )
         if action.kind is Kind.UPDATE:
             continue
+        if action.version and not action.kind.computes:
+            raise ScheduleError(f"{action} on stage {stage}: messages have no version")
         if (stage, action.chunk) not in schedule.routes[schedule.route_of[action.micro_batch]]:
             raise ScheduleError(f"{action} on stage {stage}: micro-batch {action.micro_batch} does not come there")
         key = (action.kind, action.micro_batch, action.chunk)
@@ -150,7 +152,7 @@ def _messages(schedule: Schedule, stage: int, actions: tuple[Action, ...]) -> No
 def _versions(schedule: Schedule, stage: int, actions: tuple[Action, ...]) -> None:
     made: Counter[int] = Counter()  # updates, by chunk
     used: dict[tuple[int, int], int] = {}
-    waiting: dict[int, set[int]] = defaultdict(set)  # chunk -> micro-batches with gradients that no update has
+    waiting: dict[int, list[int]] = defaultdict(list)  # chunk -> micro-batches with gradients that no update has
     for action in actions:
         key = action.micro_batch, action.chunk
         if action.kind is Kind.UPDATE:
@@ -161,6 +163,11 @@ def _versions(schedule: Schedule, stage: int, actions: tuple[Action, ...]) -> No
                 )
             if action.micro_batch not in waiting[action.chunk]:
                 raise ScheduleError(f"{action} on stage {stage}: there is no gradient of micro-batch {key[0]} to use")
+            if action.micro_batch != waiting[action.chunk][-1]:
+                raise ScheduleError(
+                    f"{action} on stage {stage} names micro-batch {key[0]}, and the last gradient that goes into it is "
+                    f"that of {waiting[action.chunk][-1]}"
+                )
             waiting[action.chunk].clear()
         elif action.kind.computes:
             if action.version > made[action.chunk]:
@@ -176,7 +183,7 @@ def _versions(schedule: Schedule, stage: int, actions: tuple[Action, ...]) -> No
                     f"pass went through version {used[key]}"
                 )
             if action.kind in (Kind.BACKWARD, Kind.BACKWARD_WEIGHT):
-                waiting[action.chunk].add(action.micro_batch)
+                waiting[action.chunk].append(action.micro_batch)
     for chunk, left in waiting.items():
         if left and not schedule.synchronous:
             raise ScheduleError(f"the gradient of micro-batch {min(left)} goes into no update of stage {stage}.{chunk}")
