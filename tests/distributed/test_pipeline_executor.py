@@ -601,6 +601,54 @@ def test_a_split_transformer_with_tied_embeddings(name: str, p: int, m: int, v: 
     assert seen == wanted.keys()
 
 
+class Added(nn.Module):
+    """A first piece of two inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(VOCABULARY, WIDTH), nn.Embedding(VOCABULARY, WIDTH)
+
+    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        x: Tensor = self.tokens(tokens) + self.positions(positions)
+        return x
+
+
+class Twice(nn.Module):
+    """A last piece of two outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.value = nn.Linear(WIDTH, VOCABULARY), nn.Linear(WIDTH, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.head(x), self.value(x)
+
+
+def test_several_inputs_outputs_and_targets_of_a_micro_batch() -> None:
+    tokens, targets = make_batch([2, 1, 3])
+    inputs = [(x, x.flip(-1)) for x in tokens]
+    labels = [(y, torch.rand(y.shape, dtype=torch.float64)) for y in targets]
+
+    def loss_of(outputs: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor]) -> Tensor:
+        return mean_loss(outputs[0], wanted[0]) + (outputs[1].squeeze(-1) - wanted[1]).square().mean()
+
+    def make() -> list[nn.Module]:
+        torch.manual_seed(2)
+        return [piece.double() for piece in (Added(), Block(), Twice())]
+
+    def ranks() -> Found:
+        pieces = make()
+        pipeline = Pipeline(pieces, make_schedule("1f1b", 3, 3), loss_of)
+        loss, rank = pipeline.step(inputs, labels), dist.get_rank()
+        return loss, pipeline.losses, gradients({rank: pieces[rank]})
+
+    pieces = make()
+    whole = [tuple(torch.cat(parts) for parts in zip(*some, strict=True)) for some in (inputs, labels)]
+    loss = loss_of(pieces[2](pieces[1](pieces[0](*whole[0]))), (whole[1][0], whole[1][1]))
+    loss.backward()
+    assert_one_process(simulate_ranks(ranks, 3).results, (loss.detach(), gradients(dict(enumerate(pieces)))))
+
+
 class Turn(nn.Module):
     """Gives a view whose elements do not follow each other."""
 
@@ -683,6 +731,18 @@ def test_real_processes_and_simulated_ranks_agree() -> None:
     for place, n_pieces in enumerate([2, 2, 2, 2, 4, 4, 2, 2, 4, 4]):
         expected = one_process(make_pieces(n_pieces, tied=True), make_batch([2, 1, 3, 1]))
         assert_one_process([found[place] for found in real], expected)
+
+
+@pytest.mark.gpu
+@each_schedule
+def test_on_a_gpu(name: str, p: int, m: int, v: int) -> None:
+    schedule, batch = make_schedule(name, p, m, v), make_batch([2] * m)
+    on_gpu = [x.cuda() for x in batch[0]], [y.cuda() for y in batch[1]]
+
+    def make() -> list[nn.Module]:
+        return [piece.cuda() for piece in make_pieces(schedule.n_pieces)]
+
+    assert_one_process(simulate_ranks(on_rank, p, schedule, make, on_gpu).results, one_process(make(), on_gpu))
 
 
 def test_both_directions_on_real_processes() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -103,7 +103,7 @@ class Pipeline:
         self.schedule = schedule
         self.modules = [held[piece] for piece in schedule.pieces[self.stage]]
         self._parameters = list(dict.fromkeys(p for module in self.modules for p in module.parameters()))
-        self._device = next((p.device for p in self._parameters), torch.device("cpu"))
+        self._device = _device(self.modules, group)
         self._mean, self._optimizer = reduction == "mean", optimizer
         self._group, self._data_group = group, data_group
         if data_group is not None:
@@ -230,3 +230,12 @@ class Pipeline:
                 if self._mean:
                     self.losses /= dist.get_world_size(self._data_group)
         return self.losses.sum() / self._walk.n_updates
+
+
+def _device(modules: Sequence[nn.Module], group: dist.ProcessGroup | None) -> torch.device:
+    """Where this rank's pieces are; of those that hold nothing, where the group's tensors must be."""
+    held = (tensor for module in modules for tensor in [*module.parameters(), *module.buffers()])
+    cuda = "nccl" in dist.get_backend_config(group)
+    return next(
+        (t.device for t in held), torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    )
