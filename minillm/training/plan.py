@@ -94,7 +94,13 @@ class ParallelPlan:
                 "clipping and accumulation have no place: use minillm.distributed.pipeline in your own loop, or take a "
                 'synchronous schedule; the nearest is "1f1b"'
             )
-        self.make_schedule()
+        try:
+            self.make_schedule()
+        except ValueError as error:
+            words = str(error)
+            for theirs, ours in (("n_stages", "pp"), ("n_micro_batches", "micro_batches"), ("n_chunks", "chunks")):
+                words = words.replace(theirs, ours)
+            raise ValueError(words) from None
         if self.engine != "torch":
             return
         if self.schedule not in TORCH_SCHEDULES:
