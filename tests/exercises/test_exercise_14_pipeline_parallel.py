@@ -731,7 +731,7 @@ def partition(costs, p):
             ),
             "pieces one after the other": (
                 looping(chunk="c", back="[(k, c) for k, c in reversed(passes)]"),
-                "stage 1 does B1 before F1",
+                "stage 0 does B1.1 before F1.1",
             ),
             "backward first": (looping(steady="[backward[k], forward[warmup + k]]"), "stage"),
             "micro-batches reversed in the backward passes": (
@@ -788,6 +788,16 @@ def partition(costs, p):
             "autograd": (
                 halving(input="torch.autograd.grad(grad_output @ weight, weight)"),
                 "uses torch.autograd",
+            ),
+            "autograd by another door": (
+                halving()
+                + """
+def backward_input(grad_output, weight):
+    x = torch.zeros(*grad_output.shape[:-1], weight.shape[1], dtype=weight.dtype, requires_grad=True)
+    (x @ weight.T).backward(grad_output)
+    return x.grad
+""",
+                "does not require grad",
             ),
             "W right behind I": (
                 halving(halves="order += [f'I{k}', f'W{k}']", rest="[]"),
@@ -860,8 +870,8 @@ def zb_h1(p, m):
                 forming(bubble="(p - 1) / v / (m + p - 1)"),
                 "the whole time gets shorter",
             ),
-            "p": (forming(bubble="p / (v * m + p)"), "p - 1, not p"),
-            "p in the whole time": (forming(bubble="(p - 1) / (v * m + p)"), "pairs of passes"),
+            "p": (forming(bubble="p / (v * m + p)"), "a stage more"),
+            "p in the whole time": (forming(bubble="(p - 1) / (v * m + p)"), "should be 0.2727"),
             "percent": (forming(bubble="100 * (p - 1) / (v * m + p - 1)"), "should be"),
             "a string": (forming(bubble="f'{p - 1}/{v * m + p - 1}'"), "returns a number"),
             "ZB-H1's idle time": (forming(zb="(p - 1) * (f + i - w)"), "a time, not a share"),
