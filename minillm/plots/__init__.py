@@ -7,6 +7,7 @@ from minillm.plots.expert_preferences import preference_map, routing_map
 from minillm.plots.experts import expert_load, expert_load_over_time
 from minillm.plots.mesh import mesh_table
 from minillm.plots.patterns import pattern_grid
+from minillm.plots.pipeline import Play, pipeline_timeline, play
 from minillm.plots.ring import ring_steps
 from minillm.plots.roofline import roofline
 from minillm.plots.style import COLOURS, save, visible
@@ -16,6 +17,7 @@ from minillm.plots.tokens import token_strip
 
 __all__ = [
     "COLOURS",
+    "Play",
     "attention_map",
     "bars",
     "expert_load",
@@ -25,6 +27,8 @@ __all__ = [
     "memory_bars",
     "mesh_table",
     "pattern_grid",
+    "pipeline_timeline",
+    "play",
     "preference_map",
     "ring_steps",
     "roofline",
