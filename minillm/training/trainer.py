@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from functools import partial
@@ -14,13 +13,7 @@ from torch import nn
 
 from minillm.models.modes import evaluation_mode
 from minillm.optim import AdamW, parameter_groups, warmup_cosine
-from minillm.training.checkpoint import (
-    checkpoint_path,
-    checkpoint_steps,
-    load_checkpoint,
-    remove_old_checkpoints,
-    write_checkpoint,
-)
+from minillm.training.checkpoint import checkpoint_steps
 from minillm.training.config import TrainingConfig
 from minillm.training.interrupt import Interrupt, interruptible
 from minillm.training.lock import exclusive
@@ -31,7 +24,7 @@ from minillm.training.parallel import ParallelPlan, make_engine
 from minillm.training.precision import autocast, check_compiler, resolve_device, resolve_precision
 from minillm.training.report import Report
 from minillm.training.result import TrainingResult, bits_per_byte
-from minillm.training.state import restore_rng_state
+from minillm.training.run_checkpoints import RunCheckpoints
 
 
 class TrainingData(Protocol):
@@ -96,10 +89,9 @@ class Trainer:
         self.device = resolve_device(self.config.device)
         self.precision = resolve_precision(self.config.precision, self.device)
         self.folder = None if folder is None else Path(folder)
-        if not resume and self._checkpoint_steps():
-            raise FileExistsError(
-                f"{self.folder} holds checkpoints up to step {self._checkpoint_steps()[-1]}: resume them"
-            )
+        saved = [] if self.folder is None else checkpoint_steps(self.folder / "checkpoints")
+        if saved and not resume:
+            raise FileExistsError(f"{self.folder} holds checkpoints up to step {saved[-1]}: resume them")
         self.model = model
         self.train_data, self.validation_data = train_data, validation_data
         plan = parallel or ParallelPlan()
@@ -118,8 +110,9 @@ class Trainer:
         self._report = Report(progress=progress and self._writes)
         self._statistics = StepStatistics(self.device)
         self.step = 0
-        self._checkpoint: Path | None = None
-        self._saved = 0  # the newest checkpoint's step
+        self._checkpoints = RunCheckpoints(
+            self.folder, self.config, self._engine, train_data, self._report, self.device
+        )
         self._started = self._in_a_step = self._broken_off = False
 
     def _make_optimizer(self, model: nn.Module) -> AdamW:
@@ -162,7 +155,7 @@ class Trainer:
                 self._broken_off = False
             except NonFiniteError as error:
                 self._in_a_step = True  # on a GPU it is found when the parameters are spoilt already
-                raise NonFiniteError(error.step, error.loss, error.grad_norm, self._checkpoint) from None
+                raise NonFiniteError(error.step, error.loss, error.grad_norm, self._checkpoints.path) from None
             finally:
                 for module, training in modes:
                     module.training = training
@@ -209,8 +202,11 @@ class Trainer:
         does one that was broken off between two steps with no checkpoint to go back to."""
         if self._started and not self._broken_off:
             return
-        if self._checkpoint_steps():
-            self._restore()
+        if self._checkpoints:
+            self._checkpoints.restore()
+            self.step = self._checkpoints.step
+            self._statistics = StepStatistics(self.device)  # a checkpoint follows a reading: nothing was gathered since
+            self._mixtures.restart()
         elif self._in_a_step:
             raise RuntimeError("the last run was cut off in the middle of a step: make the model and the Trainer anew")
         elif not self._started:
@@ -219,28 +215,6 @@ class Trainer:
         if self.folder is not None and self._writes:
             self._report.open(self.folder / "metrics.jsonl", self.step)
         self._started, self._in_a_step = True, False
-
-    def _restore(self) -> None:
-        assert self.folder is not None
-        checkpoint = load_checkpoint(self.folder / "checkpoints")
-        self._engine.restore(checkpoint)
-        if self._writes:
-            restore_rng_state(checkpoint.state["rng"], self.device)
-        else:  # whose generators are not saved; they go on with draws that nobody has had
-            torch.manual_seed(self.config.seed + checkpoint.step * self._engine.n_ranks + self._engine.rank)
-        if checkpoint.data is not None:
-            self.train_data.load_state_dict(checkpoint.data)
-        self.step, self._saved, self._checkpoint = checkpoint.step, checkpoint.step, checkpoint.path
-        self._statistics = StepStatistics(self.device)  # a checkpoint follows a reading: nothing was gathered since
-        self._mixtures.restart()
-        self._engine.barrier()  # all have read it
-        if self._writes:
-            remove_old_checkpoints(checkpoint.path.parent, self.step, self.config.keep_checkpoints)
-        self._report.tokens, self._report.seconds = checkpoint.config["tokens"], checkpoint.config["seconds"]
-        changes = self.config.changed_updates(checkpoint.config["training"])
-        if changes:
-            text = f"settings changed since {checkpoint.path}, and the new ones hold from here on: {', '.join(changes)}"
-            warnings.warn(text, stacklevel=4)
 
     def _loop(self, interrupt: Interrupt) -> None:
         config, report = self.config, self._report
@@ -263,12 +237,14 @@ class Trainer:
                     self._call_back(line, evaluated=evaluation and not stopping)
                     report.append(line)
                     if save or stopping:
-                        self._save()
+                        self._checkpoints.save(self.step)
                     report.restart_clock()
-            if self.folder is not None and self._saved != self.step:  # Ctrl-C came when this step was seen to
+            if (
+                self.folder is not None and self._checkpoints.step != self.step
+            ):  # Ctrl-C came when this step was seen to
                 if self.history[-1]["step"] != self.step:
                     report.append(self._measure())
-                self._save()
+                self._checkpoints.save(self.step)
 
     def _stopping(self, interrupt: Interrupt) -> bool:
         """Whether Ctrl-C was pressed: all ranks stop after the same step, if any of them was asked to."""
@@ -287,32 +263,9 @@ class Trainer:
                 with evaluation_mode(self.model):
                     self._on_evaluate(self, line)
 
-    def _save(self) -> None:
-        if self.folder is None:
-            return
-        self._report.sync()
-        config = {"training": self.config.to_dict(), "tokens": self._report.tokens, "seconds": self._report.seconds}
-        saved = self._engine.saved_state()
-        if saved is not None:
-            write_checkpoint(
-                self.folder / "checkpoints",
-                saved,
-                step=self.step,
-                device=self.device,
-                data=self.train_data.state_dict(),
-                config=config,
-                keep=self.config.keep_checkpoints,
-            )
-        self._engine.barrier()  # nobody goes on from a checkpoint that is not there yet
-        self._checkpoint = checkpoint_path(self.folder / "checkpoints", self.step)
-        self._saved = self.step
-
     def _mean_loss(self, batches: Iterable[Batch]) -> float:
         with evaluation_mode(self._engine.model):
             return self._engine.mean_loss(batches)
-
-    def _checkpoint_steps(self) -> list[int]:
-        return [] if self.folder is None else checkpoint_steps(self.folder / "checkpoints")
 
     def _result(self) -> TrainingResult:
         evaluations = [line["validation_loss"] for line in self.history if "validation_loss" in line]
@@ -329,7 +282,7 @@ class Trainer:
             bits_per_byte=per_byte,
             tokens=self._report.tokens,
             seconds=self._report.seconds,
-            checkpoint=self._checkpoint,
+            checkpoint=self._checkpoints.path,
         )
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import minillm.training.engines
-import minillm.training.trainer
+import minillm.training.run_checkpoints
 from minillm.data import TokenDataset
 from minillm.models import Transformer, TransformerConfig
 from minillm.training import (
@@ -334,7 +334,7 @@ def test_broken_off_between_steps(shards: Path, tmp_path: Path, monkeypatch: pyt
     )
     place, name = {
         "evaluation": (minillm.training.engines, "mean_loss"),
-        "saving": (minillm.training.trainer, "write_checkpoint"),
+        "saving": (minillm.training.run_checkpoints, "write_checkpoint"),
     }[when]
     original = getattr(place, name)
 
