@@ -19,9 +19,9 @@ _NAME = re.compile(r"([A-Z]+)(\d+)(?:\.(\d+))?(?:@(\d+))?")
 _KINDS = {
     "F": ("forward", COLOURS[0]),
     "B": ("backward", COLOURS[2]),
-    "I": ("backward, input", COLOURS[5]),
+    "I": ("backward, input", COLOURS[3]),
     "W": ("backward, weights", COLOURS[4]),
-    "U": ("update", COLOURS[3]),
+    "U": ("update", COLOURS[6]),
 }
 _SHADES = (0.0, 0.45, 0.65, 0.3, 0.55, 0.75)  # of white, by chunk: neighbours differ
 _IDLE = "#F0F0F0"
@@ -60,10 +60,14 @@ def pipeline_timeline(
                 axes.set_title(name or title or "", fontsize=11, parse_math=False)
         axes_list[-1].set_xlabel(unit)
         used = dict.fromkeys((kind, chunk) for kind in _KINDS for _, k, _, chunk, *_ in sorted(every) if k == kind)
+        several_chunks = any(chunk for _, chunk in used)
         figure.legend(
-            handles=[Patch(color=_colour(kind, chunk), label=_word(kind, chunk, used)) for kind, chunk in used],
+            handles=[
+                Patch(color=_colour(kind, chunk), label=_word(kind, chunk if several_chunks else None))
+                for kind, chunk in used
+            ],
             loc="outside lower center",
-            ncols=min(5, len(used)),
+            ncols=min(4 if several_chunks else 5, len(used)),
         )
         if title and isinstance(panels, Mapping):
             figure.suptitle(title, x=0.01, ha="left", fontsize=12, parse_math=False)
@@ -160,9 +164,8 @@ def _colour(kind: str, chunk: int) -> str:
     return to_hex((red, green, blue))
 
 
-def _word(kind: str, chunk: int, used: Iterable[tuple[str, int]]) -> str:
-    several = any(other > 0 for _, other in used)
-    return f"{_KINDS[kind][0]}{f', chunk {chunk}' if several and kind != 'U' else ''}"
+def _word(kind: str, chunk: int | None) -> str:
+    return f"{_KINDS[kind][0]}{'' if chunk is None or kind == 'U' else f', chunk {chunk}'}"
 
 
 def _ink(colour: str) -> str:
@@ -172,8 +175,9 @@ def _ink(colour: str) -> str:
 
 def _draw(axes: Axes, boxes: Sequence[Box], end: float) -> None:
     inch = (end or 1.0) / (_WIDTH - 1.1)  # of data, on the page
+    own = max((box[5] for box in boxes), default=0.0)  # what comes later is another panel's time, and not idle
     for stage in range(_n_stages(boxes)):
-        axes.barh(stage, end, height=0.86, color=_IDLE, zorder=0).patches[0].set_gid("idle")
+        axes.barh(stage, own, height=0.86, color=_IDLE, zorder=0).patches[0].set_gid("idle")
     for stage, kind, number, chunk, start, stop in boxes:
         colour = _colour(kind, chunk)
         (bar,) = axes.barh(

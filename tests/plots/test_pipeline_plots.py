@@ -44,6 +44,10 @@ def _boxes(axes: Axes) -> list[tuple[int, float, float, str]]:
     ]
 
 
+def _width(patch: Any) -> float:
+    return float(patch.get_width())
+
+
 def _legend(figure: Any) -> list[str]:
     return [text.get_text() for legend in figure.legends for text in legend.get_texts()]
 
@@ -54,10 +58,10 @@ def test_draws_each_pass_where_it_was() -> None:
     assert _boxes(axes) == [
         (0, 0.0, 1.0, COLOURS[0]),
         (1, 1.0, 2.0, COLOURS[0]),
-        (1, 2.0, 3.0, COLOURS[5]),
+        (1, 2.0, 3.0, COLOURS[3]),
         (0, 3.0, 5.0, COLOURS[2]),
         (1, 3.0, 4.0, COLOURS[4]),
-        (0, 5.0, 5.5, COLOURS[3]),
+        (0, 5.0, 5.5, COLOURS[6]),
     ]
     assert [text.get_text() for text in axes.texts] == ["0"] * 6
     assert [text.get_text() for text in axes.get_yticklabels()] == ["stage 0", "stage 1"]
@@ -82,6 +86,8 @@ def test_chunks_have_shades_and_panels_one_scale() -> None:
     figure = pipeline_timeline({"plain": STEP, "looped": looped}, title="Both", unit="steps")
     plain, chunks = figure.axes
     assert plain.get_xlim() == chunks.get_xlim()
+    grey = [{_width(p) for p in axes.patches if p.get_gid() == "idle"} for axes in (plain, chunks)]
+    assert grey == [{5.5}, {6.0}]  # each to its own end
     shades = [colour for *_, colour in _boxes(chunks)]
     assert shades[:3] == [COLOURS[0]] * 3
     assert len(set(shades)) == 2
