@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 import minillm.training.engines
 import minillm.training.run_checkpoints
+import minillm.training.trainer
 from minillm.data import TokenDataset
 from minillm.models import Transformer, TransformerConfig
 from minillm.training import (
