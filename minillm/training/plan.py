@@ -108,6 +108,11 @@ class ParallelPlan:
                 f"schedule={self.schedule!r} is not one of torch.distributed.pipelining's: with engine='torch' take "
                 f"one of {', '.join(TORCH_SCHEDULES)}, or engine='minillm'"
             )
+        if self.schedule == "1f1b" and self.n_micro_batches < self.pp:
+            raise ValueError(
+                f"PyTorch's 1F1B takes at least as many micro-batches as there are stages, {self.pp}, got "
+                f"micro_batches={self.n_micro_batches}; the nearest that will do is {self.pp}"
+            )
         rounds = max(1, self.n_micro_batches // self.pp)
         if self.schedule == "zb-h1" and self.n_micro_batches % rounds:
             nearest = round(self.n_micro_batches / self.pp) * self.pp

@@ -355,6 +355,11 @@ def test_a_checkpoint_of_another_model_is_refused_on_every_rank(tmp_path: Path) 
             ValueError,
             "got micro_batches=5; the nearest that will do is 4",
         ),
+        (
+            {"pp": 4, "micro_batches": 3, "engine": "torch"},
+            ValueError,
+            "got micro_batches=3; the nearest that will do is 4",
+        ),
         ({"schedule": "gpipe"}, ValueError, "schedule='gpipe' is for pipelines: pp is 1"),
         ({"dp": 2, "micro_batches": 8, "chunks": 2}, ValueError, "micro_batches=8 and chunks=2 are for pipelines"),
     ],
