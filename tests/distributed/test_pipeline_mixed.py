@@ -131,8 +131,7 @@ def pipelines(
 
 
 @each_schedule
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("dp", [1, 2])
+@pytest.mark.parametrize(("reduction", "dp"), [("mean", 1), ("mean", 2), ("sum", 2)])
 def test_data_parallel_pipelines_are_one_process(name: str, p: int, m: int, v: int, dp: int, reduction: str) -> None:
     ranks = simulate_ranks(pipelines, p * dp, name, p, m, v, dp, reduction, (True,), None).results
 
