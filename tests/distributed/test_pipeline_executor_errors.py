@@ -260,3 +260,20 @@ def test_no_loss_and_infinite_losses_pass_through() -> None:
         return Pipeline(make_pieces(), make_schedule("1f1b", 2, 4), lambda out, target: out.sum() * math.nan).step(X, Y)
 
     assert all(loss.isnan() for loss in simulate_ranks(ranks, 2).results)
+
+
+class RowsAboveZero(nn.Module):
+    """What a piece must not do: give a shape that depends on values."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[: int((x > 0).any(dim=1).sum()) or 1]
+
+
+def test_shapes_that_depend_on_values_are_refused_when_they_change() -> None:
+    def ranks() -> None:
+        pipeline = Pipeline([RowsAboveZero(), nn.Linear(3, 3)], gpipe(2, 4), lambda out, target: out.sum())
+        pipeline.step(torch.ones(8, 3), Y)
+        pipeline.step(-torch.ones(8, 3), Y)
+
+    with pytest.raises(RankError, match=r"SF0 must bring .*\(2, 3\).* and got .*\(1, 3\).*shapes of the inputs alone"):
+        simulate_ranks(ranks, 2)

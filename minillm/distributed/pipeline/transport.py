@@ -71,6 +71,12 @@ class Transport:
 
     def send_activation(self, action: Action, tensors: Tensors, stage: int) -> None:
         """Send what a forward pass gave; `arrived` with the same action lets go of it."""
+        layout = tuple((tensor.dtype, tuple(tensor.shape)) for tensor in tensors)
+        if layout != self._layouts.setdefault(action, layout):
+            raise ValueError(
+                f"{action} must bring {self._layouts[action]}, as it did for inputs of these shapes before, and got "
+                f"{layout}: what a piece gives must depend on the shapes of the inputs alone"
+            )
         if self._headers:
             numbers = [len(tensors)]
             for tensor in tensors:
