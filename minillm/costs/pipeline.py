@@ -42,8 +42,8 @@ def zero_bubble_seconds(
 ) -> float:
     """Seconds that a stage waits in a step under ZB-H1 or ZB-H2, from its first pass to its last.
 
-    (p - 1) (F + I - W) and (p - 1) (F + I - 2 W), not below 0; for times that differ little, and enough micro-batches:
-    p for "h1", 2 p - 1 for "h2".
+    (p - 1) (F + I - W) and (p - 1) (F + I - 2 W), not below 0; where W is not longer than F or I, and with at least p
+    micro-batches for "h1", 2 p - 1 for "h2". (A longer W leaves waits that no formula of the paper counts.)
 
     Args:
         n_stages: p.

@@ -14,14 +14,8 @@ from minillm.distributed.pipeline.pipedream import pipedream
 from minillm.distributed.pipeline.pipedream_2bw import pipedream_2bw
 from minillm.distributed.pipeline.pipeline import Pipeline
 from minillm.distributed.pipeline.registry import SCHEDULES, make_schedule
-from minillm.distributed.pipeline.schedule import (
-    Schedule,
-    ScheduleError,
-    dependencies,
-    loop_route,
-    schedule_of,
-    v_route,
-)
+from minillm.distributed.pipeline.routes import ScheduleError, loop_route, v_route
+from minillm.distributed.pipeline.schedule import Schedule, dependencies, schedule_of
 from minillm.distributed.pipeline.simulate import simulate
 from minillm.distributed.pipeline.split import Split, split
 from minillm.distributed.pipeline.timeline import Timeline

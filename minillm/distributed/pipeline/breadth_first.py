@@ -8,7 +8,8 @@ the other chunks. (Lamy-Poirier 2022, "Breadth-First Pipeline Parallelism", sect
 from __future__ import annotations
 
 from minillm.distributed.pipeline.actions import Action, Kind
-from minillm.distributed.pipeline.schedule import Schedule, loop_route, schedule_of
+from minillm.distributed.pipeline.routes import loop_route
+from minillm.distributed.pipeline.schedule import Schedule, schedule_of
 from minillm.distributed.pipeline.sizes import check_sizes
 
 

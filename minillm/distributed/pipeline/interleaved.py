@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from minillm.distributed.pipeline.actions import Action, Kind
 from minillm.distributed.pipeline.one_f_one_b import one_f_one_b
-from minillm.distributed.pipeline.schedule import Schedule, loop_route, schedule_of
+from minillm.distributed.pipeline.routes import loop_route
+from minillm.distributed.pipeline.schedule import Schedule, schedule_of
 from minillm.distributed.pipeline.sizes import check_multiple, check_sizes
 
 

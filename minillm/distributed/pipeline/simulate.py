@@ -12,7 +12,8 @@ from collections.abc import Sequence
 
 from minillm.distributed.pipeline.actions import Action, Kind
 from minillm.distributed.pipeline.durations import Durations
-from minillm.distributed.pipeline.schedule import Schedule, ScheduleError
+from minillm.distributed.pipeline.routes import ScheduleError
+from minillm.distributed.pipeline.schedule import Schedule
 from minillm.distributed.pipeline.timeline import Timeline, peak_in_flight
 from minillm.distributed.simulator import Span
 

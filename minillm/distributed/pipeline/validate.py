@@ -9,7 +9,8 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 
 from minillm.distributed.pipeline.actions import Action, Kind
-from minillm.distributed.pipeline.schedule import Schedule, ScheduleError, dependencies
+from minillm.distributed.pipeline.routes import ScheduleError
+from minillm.distributed.pipeline.schedule import Schedule, dependencies
 from minillm.distributed.pipeline.simulate import simulate
 
 _BACKWARDS = (Kind.BACKWARD, Kind.BACKWARD_INPUT)

@@ -11,7 +11,8 @@ from collections import defaultdict
 from itertools import count
 
 from minillm.distributed.pipeline.actions import Action, Kind
-from minillm.distributed.pipeline.schedule import Schedule, schedule_of, v_route
+from minillm.distributed.pipeline.routes import v_route
+from minillm.distributed.pipeline.schedule import Schedule, schedule_of
 from minillm.distributed.pipeline.sizes import check_sizes
 
 
