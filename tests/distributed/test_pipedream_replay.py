@@ -11,7 +11,7 @@ from torch.func import functional_call
 from torch.nn.functional import mse_loss
 
 from minillm.distributed import init_mesh, run_ranks, simulate_ranks
-from minillm.distributed.pipeline import Pipeline, Schedule, one_f_one_b, pipedream, pipedream_2bw, split
+from minillm.distributed.pipeline import Kind, Pipeline, Schedule, one_f_one_b, pipedream, pipedream_2bw, split
 
 WIDTH, ROWS = 5, 3
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
@@ -144,6 +144,87 @@ def test_without_stashing_the_result_is_another() -> None:
     assert [most for _, _, most, _ in naive] == [1] * p
 
 
+def scalar_stages(schedule: Schedule, rate: float, x: Tensor) -> tuple[Tensor, list[float]]:
+    """Each stage multiplies by two numbers."""
+    stage = dist.get_rank()
+    pieces = [nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)).double() for _ in range(3)]
+    with torch.no_grad():
+        for i, piece in enumerate(pieces):
+            for parameter, value in zip(piece.parameters(), (0.9 + 0.1 * i, 1.1 - 0.05 * i), strict=True):
+                parameter.fill_(value)
+    own = pieces[stage]
+    pipeline = Pipeline(pieces, schedule, mse_loss, optimizer=torch.optim.SGD(own.parameters(), lr=rate))
+    pipeline.step(x, torch.ones_like(x))
+    return pipeline.losses, [p.item() for p in own.parameters()]
+
+
+def test_without_stashing_each_update_is_the_wrong_one_that_arithmetic_gives() -> None:
+    """In plain numbers: a stage sees b forward after b - (p - 1 - s) updates, and backward after b of them."""
+    p, m, rate = 3, 22, 0.02
+    values = [0.5 + i / 21 for i in range(m)]
+    past = [[(0.9 + 0.1 * i, 1.1 - 0.05 * i)] for i in range(p)]
+    losses = []
+    for b, hidden in enumerate(values):
+        met = []
+        for stage in range(p):
+            first, second = past[stage][max(0, b - (p - 1 - stage))]
+            met.append((hidden, first * hidden))
+            hidden = second * first * hidden
+        losses.append((hidden - 1) ** 2)
+        grad = 2 * (hidden - 1)
+        for stage in reversed(range(p)):
+            first, second = past[stage][b]
+            came, between = met[stage]
+            past[stage].append((first - rate * grad * second * came, second - rate * grad * between))
+            grad *= second * first
+    x = torch.tensor(values, dtype=torch.float64)[:, None]
+    for stage, (ours, own) in enumerate(
+        simulate_ranks(scalar_stages, p, pipedream(p, m, stashing=False), rate, x).results
+    ):
+        torch.testing.assert_close(ours, torch.tensor(losses, dtype=torch.float64), rtol=1e-12, atol=1e-14)
+        assert own == pytest.approx(list(past[stage][-1]), rel=1e-12)
+
+
+def watched(schedule: Schedule) -> list[int]:
+    """Bytes of weights after each update, in two streams one after the other."""
+    stage = dist.get_rank()
+    model = make_model(3)
+    for piece in model:
+        piece.add_module("again", piece.get_submodule("0"))  # a layer that stands twice in its piece
+    own = model[stage]
+    optimizer = torch.optim.SGD(own.parameters(), lr=0.01)
+    pipeline = Pipeline(list(model), schedule, mse_loss, optimizer=optimizer)
+    versions, held = pipeline._walk._chunks[0].versions, []
+    assert versions is not None
+    plain_step = optimizer.step
+
+    def step() -> None:
+        plain_step()
+        held.append(versions.n_bytes)
+
+    optimizer.step = step  # type: ignore[method-assign, assignment]
+    for _ in range(2):
+        pipeline.step(*stream(schedule.n_micro_batches))
+    return held
+
+
+@pytest.mark.parametrize("vertical_sync", [False, True])
+def test_bytes_held_while_it_runs(vertical_sync: bool) -> None:
+    """After an update: the newest version, and those of micro-batches that are under way or will use them yet."""
+    p, m = 3, 9
+    schedule = pipedream(p, m, vertical_sync=vertical_sync)
+    for stage, held in enumerate(simulate_ranks(watched, p, schedule).results):
+        alive, actions = [], schedule.computes(stage)
+        for i, action in enumerate(actions):
+            if action.kind is Kind.UPDATE:
+                later = {
+                    a.version for a in actions[i + 1 :] if a.kind is not Kind.UPDATE and a.version < action.version
+                }
+                alive.append(len(later) + 1)
+        assert held == [n * piece_bytes() for n in 2 * alive]
+        assert max(alive) == (p if vertical_sync else p - stage)
+
+
 def delayed_beside(schedule: Schedule) -> Outcome:
     mesh = init_mesh(pp=2, dp=2)
     x, y = stream(schedule.n_micro_batches, 2 * ROWS)
@@ -166,6 +247,26 @@ def test_pipelines_beside_each_other_update_together() -> None:
     for ours, own, stage, _ in results:
         torch.testing.assert_close(ours, losses, rtol=1e-12, atol=1e-14)
         torch.testing.assert_close(own, weights[stage], rtol=1e-12, atol=1e-14)
+
+
+def wrong_calls(schedule: Schedule) -> list[str]:
+    model = make_model(2)
+    optimizer = torch.optim.SGD(model[dist.get_rank()].parameters(), lr=0.1)
+    pipeline = Pipeline(list(model), schedule, mse_loss, optimizer=optimizer)
+    said = []
+    for call in (lambda: pipeline.clip_grad_norm_(1.0), lambda: pipeline.no_sync().__enter__()):
+        with pytest.raises(RuntimeError) as raised:
+            call()
+        said.append(str(raised.value))
+    return said
+
+
+def test_what_comes_too_late_for_updates_inside_of_the_step_is_refused() -> None:
+    for clip, no_sync in simulate_ranks(wrong_calls, 2, pipedream(2, 4)).results:
+        assert "clip_grad_norm_ comes too late: PipeDream makes its updates inside of step()" in clip
+        assert (
+            "no_sync is for steps that only add up gradients: PipeDream makes its updates inside of step()" in no_sync
+        )
 
 
 def refused(schedule: Schedule, with_optimizer: bool, tied: bool) -> None:

@@ -138,7 +138,12 @@ class Pipeline:
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
         """Inside, a step only adds to this rank's gradients; the next step outside sums them over copies and over
-        `data_group`. For all steps of an accumulation but the last, and of synchronous schedules only."""
+        `data_group`. For all steps of an accumulation but the last.
+
+        Raises:
+            RuntimeError: the schedule is asynchronous.
+        """
+        self._refuse_updates("no_sync is for steps that only add up gradients")
         self._synchronise = False
         try:
             yield
@@ -186,7 +191,11 @@ class Pipeline:
         """Scale the gradients so that their norm over the whole model is at most `max_norm`; returns what it was.
 
         A parameter that stands on several stages counts once. A collective of `group`.
+
+        Raises:
+            RuntimeError: the schedule is asynchronous.
         """
+        self._refuse_updates("clip_grad_norm_ comes too late")
         learning = [parameter for parameter in self._parameters if parameter.grad is not None]
         elsewhere = self._copies.counted_elsewhere()
         own = [parameter.grad for parameter in learning if parameter not in elsewhere]
@@ -195,6 +204,10 @@ class Pipeline:
         norm = square.sqrt()
         nn.utils.clip_grads_with_norm_(learning, max_norm, norm)
         return norm
+
+    def _refuse_updates(self, reason: str) -> None:
+        if not self.schedule.synchronous:
+            raise RuntimeError(f"{reason}: {self.schedule.name} makes its updates inside of step()")
 
     def _versions(self, module: nn.Module) -> WeightVersions:
         backwards = (a for a in self.schedule.actions[self.stage] if a.kind is Kind.BACKWARD)
