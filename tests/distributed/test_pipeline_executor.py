@@ -198,6 +198,15 @@ def test_recompute_changes_nothing(name: str, p: int, m: int, v: int) -> None:
     assert_one_process(simulate_ranks(ranks, p).results, one_process(make_pieces(schedule.n_pieces, tied=True), batch))
 
 
+def test_each_stage_says_whether_it_recomputes() -> None:
+    schedule, batch = make_schedule("1f1b", 3, 6), make_batch([2] * 6)
+
+    def ranks() -> Found:
+        return on_rank(schedule, lambda: make_pieces(3), batch, recompute=dist.get_rank() == 0)
+
+    assert_one_process(simulate_ranks(ranks, 3).results, one_process(make_pieces(3), batch))
+
+
 @each_schedule
 def test_tied_embeddings(name: str, p: int, m: int, v: int) -> None:
     schedule, batch = make_schedule(name, p, m, v), make_batch([2] * m)

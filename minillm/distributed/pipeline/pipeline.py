@@ -54,7 +54,8 @@ class Pipeline:
         reduction: "mean": `loss_fn` is a mean over the rows of its micro-batch, so micro-batches count by their rows,
             and ranks of `data_group` count alike. "sum": losses are added as they are, over micro-batches and over
             `data_group`; where not all targets count, `loss_fn` divides by their number in the whole batch.
-        recompute: keep only what each forward pass was given, and run it again before its backward pass.
+        recompute: keep only what each forward pass was given, and run it again before its backward pass. For each stage
+            to say: the first ones have the most in flight.
         optimizer: of an asynchronous schedule: over `parameters()` of this rank; the schedule's updates are its steps.
         shared: parameters that stand in several pieces, each as its (piece, name) in all of them. Told by themselves
             where `pieces` is the whole model.
@@ -99,7 +100,7 @@ class Pipeline:
             self._copies = Copies(schedule, held, shared, self.stage, group)
         except (ValueError, TypeError) as error:
             problem = error
-        agree(schedule, f"reduction={reduction!r}, recompute={recompute}", problem, group)
+        agree(schedule, f"reduction={reduction!r}", problem, group)
         self.schedule = schedule
         self.modules = [held[piece] for piece in schedule.pieces[self.stage]]
         self._parameters = list(dict.fromkeys(p for module in self.modules for p in module.parameters()))
