@@ -170,6 +170,32 @@ def test_clipping_is_pytorchs_of_the_whole_model(name: str, p: int, m: int, v: i
     assert_one_process(ranks, one_process(n_pieces, 2, [0], m, "mean", max_norm))
 
 
+@pytest.mark.parametrize("max_norm", [1e-3, 1e3])
+def test_a_weight_of_three_stages_counts_once(max_norm: float) -> None:
+    """In the norm, and in the sum of steps that were summed over the stages before."""
+
+    def make() -> list[nn.Module]:
+        pieces = make_pieces(3)
+        pieces[1].inner.weight = pieces[0].inner.weight  # type: ignore[union-attr]
+        return pieces
+
+    def ranks() -> tuple[Tensor, dict[str, Tensor | None]]:
+        pipeline = Pipeline(make(), make_schedule("1f1b", 3, 3), mean_loss)
+        for step in range(2):
+            pipeline.step(*batch_of(0, step, 3))
+        return pipeline.clip_grad_norm_(max_norm), own_gradients(pipeline)
+
+    pieces = make()
+    for step in range(2):
+        inputs, targets = batch_of(0, step, 3)
+        mean_loss(nn.Sequential(*pieces)(torch.cat(inputs)), torch.cat(targets)).backward()
+    norm = nn.utils.clip_grad_norm_(nn.Sequential(*pieces).parameters(), max_norm)
+    expected = {f"{i}.{name}": p.grad for i, piece in enumerate(pieces) for name, p in piece.named_parameters()}
+    for found_norm, found in simulate_ranks(ranks, 3).results:
+        torch.testing.assert_close(found_norm, norm, rtol=1e-12, atol=0)
+        torch.testing.assert_close(found, {key: expected[key] for key in found}, rtol=1e-11, atol=1e-14)
+
+
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
 def test_gradients_that_are_not_finite_are_seen_on_every_rank(bad: float) -> None:
     def ranks() -> tuple[Tensor, list[Tensor | None]]:
