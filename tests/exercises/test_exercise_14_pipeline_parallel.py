@@ -468,6 +468,14 @@ def micro_batches_for(p, v, limit):
             )
             .replace("self.newest, self.used, self.all = weights, {},", "self.newest, self.used, self.all = None, {},"),
         ),
+        "the weights of a micro-batch put together once, in a tuple": (
+            "14.7",
+            stashing(
+                each="together = tuple(versions[o][max(0, t - (p - 1 if vertical_sync else p - 1 - o))] "
+                "for o in range(p))",
+                step="versions[s].append(versions[s][t] - lr * gradient(s, together, t))",
+            ),
+        ),
         "the template of 14.8": ("14.8", uneven()),
         "the least limit that fits": (
             "14.8",
@@ -548,6 +556,10 @@ def partition(costs, p):
             "of 1F1B": (
                 gpiping(idle="1 - busy / (p * sum(e - s for _, s, e in spans))"),
                 "not the sum of all work",
+            ),
+            "the time from the first pass on": (
+                gpiping(idle="1 - busy / (p * (max(s[2] for s in spans) - min(s[1] for s in spans)))"),
+                "the time begins at 0",
             ),
             "sorted in place": (
                 gpiping(idle="spans.sort() or 1 - busy / (p * max(s[2] for s in spans))"),
@@ -856,6 +868,18 @@ def zb_h1(p, m):
             ),
             "the rest forgotten": (halving(rest="[]"), "never does W"),
             "no warm-up": (halving(warmup="0"), "too few forward passes"),
+            "the first stage's warm-up on all": (
+                halving(warmup="p - 1"),
+                "stage 1 does 2 forward passes before its first I",
+            ),
+            "those that an earlier check has": (
+                halving() + "\ndef zb_h1(p, m):\n    return orders_14_3('zb-h1', p, m)\n",
+                "uses orders_14_3",
+            ),
+            "this project's by its name": (
+                "import pkgutil\n" + halving(),
+                "uses pkgutil",
+            ),
             "a longer warm-up": (halving(warmup="min(m, 2 * (p - 1 - stage))"), "in flight"),
             "this project's": (
                 "from minillm.distributed.pipeline import zero_bubble\n" + halving(),
@@ -890,6 +914,8 @@ def zb_h1(p, m):
                 forming(zb="(p - 1) * (f + i - w) / p / (m * (f + i + w) + (p - 1) * (f + i - w))"),
                 "not all together",
             ),
+            "less than the limit": (forming(above=">="), "as large as the limit will do"),
+            "the check's": (forming(bubble="simulated_14_6(p, m, v)"), "uses simulated_14_6"),
             "no multiples of p": (forming(step="1"), "m is a multiple of p"),
             "always multiples of p": (forming(step="p"), "asked for with v > 1 only"),
             "v left out": (
@@ -1022,6 +1048,18 @@ def zb_h1(p, m):
             ),
         },
         "14.8": {
+            "where the stages begin": (
+                uneven(out="[sum(best[len(costs)][1][:i]) for i in range(p)]"),
+                "not where it begins",
+            ),
+            "gradients emptied first": (uneven(begin="model.zero_grad()"), "what was in grad before is gone"),
+            "gradients that must be there": (
+                uneven(
+                    backward="for w, g in zip(model.parameters(), torch.autograd.grad(loss, "
+                    "list(model.parameters()))): w.grad += g"
+                ),
+                "unsupported operand",
+            ),
             "as many layers each": (
                 uneven(first="return [len(costs) // p + (s < len(costs) % p) for s in range(p)]"),
                 "the slowest of your stages costs",
