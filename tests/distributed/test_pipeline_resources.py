@@ -1,5 +1,6 @@
 """What a pipeline sends, what it keeps, and when it does what: counted, and held against the schedule's own numbers."""
 
+import contextlib
 import weakref
 from collections import Counter
 from collections.abc import Iterator
@@ -193,6 +194,29 @@ def test_graphs_alive_at_the_peak_are_those_of_the_proof(case: tuple[str, int, i
     if name in ("gpipe", "1f1b", "interleaved"):
         in_theory = [pipeline_in_flight(name, p, m, stage, n_chunks=v) for stage in range(p)]
         assert [most / chunks for most, _ in results] == pytest.approx(in_theory)
+
+
+def test_graphs_of_a_step_that_was_broken_off_are_gone_with_the_next_run() -> None:
+    def ranks() -> tuple[int, int]:
+        counter, calls = Counting(), 0
+
+        def loss_that_fails_once(output: Tensor, target: Tensor) -> Tensor:
+            nonlocal calls
+            calls += 1
+            if calls == 3:
+                raise ArithmeticError("no such number")
+            return loss_of(output, target)
+
+        pieces = [nn.Sequential(nn.Linear(WIDTH, WIDTH), counter)]
+        pipeline = Pipeline(pieces, gpipe(1, 4), loss_that_fails_once)
+        batch = batch_of([1] * 4)
+        with contextlib.suppress(ArithmeticError):
+            pipeline.step(*batch)
+        left = counter.now
+        pipeline.evaluate(*batch)
+        return left, counter.now
+
+    assert simulate_ranks(ranks, 1).results == [(2, 0)]
 
 
 DEPTH, INNER, ROWS = 3, 8, 32
