@@ -64,6 +64,10 @@ def too_few_on_one_stage() -> Any:
     return Pipeline({dist.get_rank(): nn.Linear(3, 3)}, interleaved(2, 4, 2), loss_of)
 
 
+def too_many_on_one_stage() -> Any:
+    return Pipeline(dict(enumerate(make_pieces())), gpipe(2, 4), loss_of)
+
+
 def asynchronous(n_pieces: int = 2, tied: bool = False, with_optimizer: bool = True) -> Callable[[], Any]:
     def ranks() -> Any:
         pieces: list[Any] = make_pieces(n_pieces)
@@ -107,6 +111,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "reduction": (one(make_pieces(), gpipe(2, 4), reduction="max"), "reduction must be 'mean' or 'sum', got 'max'"),
     "swapped pieces": (swapped_pieces, "stage [01] holds pieces? [01] .* got pieces? [01]"),
     "too few pieces on a stage": (too_few_on_one_stage, "stage 0 holds pieces 0 and 2 .* got pieces? 0"),
+    "too many pieces on a stage": (too_many_on_one_stage, "stage [01] holds pieces [01] in GPipe, got pieces 0 and 1"),
     "too few pieces": (one(make_pieces(1), gpipe(2, 4)), r"split\(model, 2\)"),
     "too many pieces": (one(make_pieces(3), gpipe(2, 4)), r"3 pieces.*split\(model, 2\)"),
     "no modules": (one(["a", "b"], gpipe(2, 4)), "TypeError: pieces must be"),
