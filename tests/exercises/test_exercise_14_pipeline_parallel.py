@@ -1048,6 +1048,57 @@ def zb_h1(p, m):
             ),
         },
         "14.8": {
+            "halves of halves": (
+                cut("""
+def partition(costs, p):
+    if p == 1:
+        return [len(costs)]
+    left, right = p // 2, p - p // 2
+    def slower(i):
+        return max(sum(costs[:i]) / left, sum(costs[i:]) / right)
+    i = min(range(left, len(costs) - right + 1), key=slower)
+    return partition(costs[:i], left) + partition(costs[i:], right)
+"""),
+                "it can be 11",
+            ),
+            "one stage after the other, its cost nearest to what the others have on average": (
+                cut("""
+def partition(costs, p):
+    if p == 1:
+        return [len(costs)]
+    ends = range(1, len(costs) - p + 2)
+    i = min(ends, key=lambda i: max(sum(costs[:i]), sum(costs[i:]) / (p - 1)))
+    return [i, *partition(costs[i:], p - 1)]
+"""),
+                "it can be 11",
+            ),
+            "the cheapest neighbours put together": (
+                cut("""
+def partition(costs, p):
+    stages = [[cost] for cost in costs]
+    while len(stages) > p:
+        i = min(range(len(stages) - 1), key=lambda i: sum(stages[i]) + sum(stages[i + 1]))
+        stages[i : i + 2] = [stages[i] + stages[i + 1]]
+    return [len(stage) for stage in stages]
+"""),
+                "it can be 11",
+            ),
+            "layers moved to a neighbour as long as it helps": (
+                cut("""
+def partition(costs, p):
+    def slowest(sizes):
+        ends = [sum(sizes[:i]) for i in range(p + 1)]
+        return max(sum(costs[a:b]) for a, b in itertools.pairwise(ends))
+    sizes = [len(costs) // p + (i < len(costs) % p) for i in range(p)]
+    while True:
+        moved = [[n + (j == i) - (j == o) for j, n in enumerate(sizes)] for i in range(p) for o in (i - 1, i + 1)]
+        better = min([sizes, *(m for m in moved if sum(m) == len(costs) and min(m) > 0)], key=slowest)
+        if slowest(better) == slowest(sizes):
+            return sizes
+        sizes = better
+"""),
+                "it can be",
+            ),
             "where the stages begin": (
                 uneven(out="[sum(best[len(costs)][1][:i]) for i in range(p)]"),
                 "not where it begins",
