@@ -67,6 +67,11 @@ def test_zero_bubble_seconds(variant: str, times: tuple[float, float, float]) ->
         assert longest - m * sum(times) == pytest.approx(expected, abs=1e-9)
 
 
+def test_zero_bubble_seconds_are_never_below_none() -> None:
+    assert zero_bubble_seconds(4, 1.0, 1.0, 1.5, variant="h2") == 0
+    assert zero_bubble_seconds(4, 1.0, 1.0, 1.5, variant="h1") == 1.5
+
+
 def made(name: str, p: int, m: int, v: int) -> Schedule:
     return pipedream(p, m) if name == "pipedream" else make_schedule(name, p, m, v)
 
@@ -119,6 +124,7 @@ def test_bytes_sent_are_the_messages_of_the_lists() -> None:
         (lambda: pipeline_in_flight("gpipes", 4, 4), "schedule must be one of gpipe, "),
         (lambda: pipeline_in_flight("gpipe", 4, 4, 4), "stage must be 0 to 3, got 4"),
         (lambda: pipedream_versions(4, -1), "stage must be 0 to 3, got -1"),
+        (lambda: pipedream_versions(4, 4), "stage must be 0 to 3, got 4"),
         (lambda: pipeline_bytes_sent(4, 4, -1.0), "activation_bytes must be at least 0"),
         (lambda: pipeline_bytes_sent(4, 4, 1.0, stage=4), "stage must be 0 to 3, got 4"),
     ],
