@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 
 import pytest
 from matplotlib.axes import Axes
-from matplotlib.colors import to_hex
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.patches import Rectangle
 
 from minillm.plots import COLOURS, pipeline_timeline, play
@@ -100,6 +100,22 @@ def test_chunks_have_shades_and_panels_one_scale() -> None:
 def test_boxes_without_room_have_no_number() -> None:
     many = [(0, "compute", f"F{m}", float(m), m + 1.0) for m in range(400)]
     assert not pipeline_timeline(many).axes[0].texts
+
+
+def _luminance(colour: Any) -> float:
+    """Relative, of WCAG 2: 0 black, 1 white."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(colour)]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_numbers_can_be_read_on_their_boxes() -> None:
+    names = [f"{kind}0.{chunk}" for kind in "FBIWU" for chunk in range(7)]
+    (axes,) = pipeline_timeline([(0, "compute", name, float(i), i + 1.0) for i, name in enumerate(names)]).axes
+    boxes = [colour for *_, colour in _boxes(axes)]
+    assert len(boxes) == len(axes.texts) == len(names)
+    for name, box, text in zip(names, boxes, axes.texts, strict=True):
+        dark, light = sorted([_luminance(box), _luminance(text.get_color())])
+        assert (light + 0.05) / (dark + 0.05) >= 2.9, name
 
 
 def _svg(spans: Any, **arguments: Any) -> ElementTree.Element:
