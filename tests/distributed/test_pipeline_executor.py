@@ -576,6 +576,34 @@ def test_a_rank_may_hold_its_own_pieces_only() -> None:
     assert_one_process(simulate_ranks(ranks, 2).results, one_process(make_pieces(4), batch))
 
 
+class Turned(nn.Module):
+    """A complex layer between real ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.turn = nn.Linear(WIDTH, WIDTH, dtype=torch.complex128)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.turn(x.to(torch.complex128))
+        return out
+
+
+class Real(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.real + x.imag.square()
+
+
+@pytest.mark.parametrize("name", ["1f1b", "zb-h1"])
+def test_complex_activations(name: str) -> None:
+    schedule, batch = make_schedule(name, 4, 4), make_batch([2] * 4)
+
+    def make() -> list[nn.Module]:
+        first, second, third, last = make_pieces(4)
+        return [first, nn.Sequential(second, Turned()), nn.Sequential(Turned(), Real(), third), last]
+
+    assert_one_process(simulate_ranks(on_rank, 4, schedule, make, batch).results, one_process(make(), batch))
+
+
 def transformer(tied: bool) -> Transformer:
     torch.manual_seed(5)
     config = TransformerConfig(

@@ -40,7 +40,7 @@ class DeferredGradients:
         kept, self._kept = self._kept, []
         for weight, bias, x, grad in kept:
             rows = grad.reshape(-1, grad.size(-1))  # (tokens, d_out)
-            _add(weight, rows.t() @ x.reshape(-1, x.size(-1)))  # (d_out, tokens) @ (tokens, d_in)
+            _add(weight, rows.t() @ x.reshape(-1, x.size(-1)).conj())  # (d_out, tokens) @ (tokens, d_in)
             if bias is not None:
                 _add(bias, rows.sum(0))
 
@@ -101,7 +101,7 @@ class _DeferredLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         gradients, parameter, bias = ctx.later
         gradients.keep(parameter, bias, x, grads[0])
-        return grads[0] @ weight if ctx.needs_input_grad[0] else None, None, None, None, None
+        return grads[0] @ weight.conj() if ctx.needs_input_grad[0] else None, None, None, None, None
 
 
 def _add(parameter: Tensor, grad: Tensor) -> None:
