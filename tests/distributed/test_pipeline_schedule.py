@@ -188,6 +188,7 @@ def test_messages_that_are_put_in_never_get_stuck(drawn: dict[str, Any]) -> None
         ([["F0.1"]], {"routes": [((0, 1),)]}, r"chunks of stage 0 are numbered \[1\]; they count from 0"),
         ([["F0"]], {"routes": [((0, 0), (0, 0))]}, r"stage 0 has pieces 0 and 1 as chunk 0"),
         ([["F0"]], {"routes": [((0, 0),), ((0, 0), (0, 1))]}, r"routes pass 1 and 2 pieces of one model"),
+        ([["F0"]], {"route_of": [-1]}, r"micro-batch 0 takes route -1; there are 1, from 0"),
         ([["F0"]], {"route_of": [1]}, r"micro-batch 0 takes route 1; there are 1, from 0"),
         ([["F0"]], {"route_of": [0, 0]}, r"route_of is for 2 micro-batches, and there are 1"),
         ([["B0", "F0"]], {}, r"mine gets stuck: stage 0 waits at B0 for F0 of stage 0"),
