@@ -72,6 +72,10 @@ def test_zero_bubble_seconds_are_never_below_none() -> None:
     assert zero_bubble_seconds(4, 1.0, 1.0, 1.5, variant="h1") == 1.5
 
 
+def test_no_more_in_flight_than_there_are_chunks_of_micro_batches() -> None:
+    assert pipeline_in_flight("interleaved", 4, 4, n_chunks=2) == simulate(interleaved(4, 4, 2)).peak_in_flight[0] == 4
+
+
 def made(name: str, p: int, m: int, v: int) -> Schedule:
     return pipedream(p, m) if name == "pipedream" else make_schedule(name, p, m, v)
 

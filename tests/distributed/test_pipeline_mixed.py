@@ -170,6 +170,20 @@ def test_clipping_is_pytorchs_of_the_whole_model(name: str, p: int, m: int, v: i
     assert_one_process(ranks, one_process(n_pieces, 2, [0], m, "mean", max_norm))
 
 
+def test_replicas_begin_with_the_buffers_of_the_first() -> None:
+    def ranks() -> Tensor:
+        mesh = init_mesh(pp=2, dp=2)
+        pieces = [nn.BatchNorm1d(WIDTH), nn.BatchNorm1d(WIDTH)]
+        for piece in pieces:
+            piece.running_mean.fill_(1 + mesh.coordinate["dp"])  # type: ignore[union-attr]
+        schedule = make_schedule("1f1b", 2, 2)
+        Pipeline(pieces, schedule, mean_loss, group=mesh.group("pp"), data_group=mesh.group("dp"))
+        return [piece.running_mean for piece in pieces][mesh.coordinate["pp"]]  # type: ignore[return-value]
+
+    for found in simulate_ranks(ranks, 4).results:
+        torch.testing.assert_close(found, torch.ones(WIDTH))
+
+
 @pytest.mark.parametrize("max_norm", [1e-3, 1e3])
 def test_a_weight_of_three_stages_counts_once(max_norm: float) -> None:
     """In the norm, and in the sum of steps that were summed over the stages before."""
