@@ -325,3 +325,28 @@ def test_what_is_sent_for_copies_and_between_replicas(synchronise: bool) -> None
     for sent, sizes in simulate_ranks(ranks, 6).results:
         assert sent["copies"] == (sizes["tied"] if synchronise else 0)
         assert sent["reduced"] == (sizes["trained"] if synchronise else 0)  # 2 (n - 1) / n of it, n = 2
+
+
+def test_parameters_that_a_caller_calls_shared_are_beside_those_that_are_found() -> None:
+    """Two copies of one matrix, which a list of modules cannot tell, and one object in two pieces, which it can."""
+
+    def made() -> list[nn.Linear]:
+        torch.manual_seed(3)
+        pieces = [nn.Linear(3, 3).double() for _ in range(4)]
+        pieces[3].bias = pieces[1].bias
+        with torch.no_grad():
+            pieces[2].weight.copy_(pieces[0].weight)
+        return pieces
+
+    def ranks() -> list[Tensor | None]:
+        pieces = made()
+        tied = [((0, "weight"), (2, "weight"))]
+        pipeline = Pipeline(pieces, make_schedule("1f1b", 4, 2), nn.functional.mse_loss, shared=tied)
+        pipeline.step(torch.ones(4, 3).double(), torch.zeros(4, 3).double())
+        return [p.grad for p in pipeline.modules[0].parameters()]
+
+    alone = made()
+    alone[2].weight = alone[0].weight
+    nn.functional.mse_loss(nn.Sequential(*alone)(torch.ones(4, 3).double()), torch.zeros(4, 3).double()).backward()
+    for found, piece in zip(simulate_ranks(ranks, 4).results, alone, strict=True):
+        torch.testing.assert_close(found, [p.grad for p in piece.parameters()], rtol=1e-12, atol=1e-14)

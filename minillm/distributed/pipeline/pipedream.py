@@ -49,8 +49,7 @@ def pipedream(n_stages: int, n_micro_batches: int, *, vertical_sync: bool = Fals
         for i in range(n_micro_batches):
             now = i  # updates that this stage has made
             if i + behind < n_micro_batches:
-                version = max(0, i + behind - delay) if stashing else now
-                order.append(Action(Kind.FORWARD, i + behind, version=version))
+                order.append(Action(Kind.FORWARD, i + behind, version=max(0, i + behind - delay)))
             version = max(0, i - delay) if stashing else now
             order.append(Action(Kind.BACKWARD, i, version=version))
             order.append(Action(Kind.UPDATE, i, version=now + 1))
