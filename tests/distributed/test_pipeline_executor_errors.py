@@ -1,7 +1,9 @@
 """What a pipeline refuses, and that nothing hangs when a rank fails."""
 
 import dataclasses
+import gc
 import math
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -282,3 +284,69 @@ def test_shapes_that_depend_on_values_are_refused_when_they_change() -> None:
 
     with pytest.raises(RankError, match=r"SF0 must bring .*\(2, 3\).* and got .*\(1, 3\).*shapes of the inputs alone"):
         simulate_ranks(ranks, 2)
+
+
+def test_an_operation_in_place_on_what_comes_in_is_explained() -> None:
+    def ranks() -> None:
+        pieces = [nn.Linear(3, 3), nn.Sequential(nn.ReLU(inplace=True), nn.Linear(3, 3))]
+        Pipeline(pieces, gpipe(2, 4), loss_of).step(X, Y)
+
+    with pytest.raises(RankError) as raised:
+        simulate_ranks(ranks, 2)
+    notes = raised.value.__cause__.__notes__  # type: ignore[union-attr]
+    assert notes[0] == "in F0 of stage 1, piece 1 of the model"
+    assert "cut elsewhere, or take inplace=False" in notes[1]
+
+
+def test_an_optimizer_over_other_parameters_is_refused() -> None:
+    def ranks() -> None:
+        pieces = make_pieces()
+        Pipeline(pieces, pipedream(2, 4), loss_of, optimizer=torch.optim.SGD(pieces[0].parameters(), lr=0.1))
+
+    with pytest.raises(RankError, match=r"optimizer does not have .*weight of piece 1, which would never be updated"):
+        simulate_ranks(ranks, 2)
+
+
+class ToUnsigned(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x, torch.zeros(2, dtype=torch.uint16)
+
+
+def test_a_dtype_that_cannot_be_sent_is_named() -> None:
+    def ranks() -> None:
+        Pipeline([ToUnsigned(), nn.Linear(3, 3)], gpipe(2, 4), loss_of).step(X, Y)
+
+    with pytest.raises(RankError, match=r"TypeError: SF0 cannot send torch\.uint16: .* one of torch\.float32"):
+        simulate_ranks(ranks, 2)
+
+
+def test_a_rank_does_not_go_on_after_a_step_that_broke_off_beside_others() -> None:
+    def ranks() -> str:
+        def fails(output: Tensor, target: Tensor) -> Tensor:
+            raise ArithmeticError("no such number")
+
+        pipeline = Pipeline(make_pieces(), gpipe(2, 4), fails)
+        if dist.get_rank() == 1:
+            with pytest.raises(ArithmeticError):
+                pipeline.step(X, Y)
+            with pytest.raises(RuntimeError, match="an earlier step broke off on this rank"):
+                pipeline.step(X, Y)
+            raise KeyError("as it should")
+        pipeline.step(X, Y)
+        return ""
+
+    with pytest.raises(RankError, match="rank 1 failed: KeyError: 'as it should'"):
+        simulate_ranks(ranks, 2)
+
+
+def test_the_batch_is_not_held_after_the_step() -> None:
+    def ranks() -> int:
+        held = [torch.randn(2, 3) for _ in range(4)]
+        seen = [weakref.ref(part) for part in held]
+        pipeline = Pipeline(make_pieces(), gpipe(2, 4), loss_of)
+        pipeline.step(held, list(Y.chunk(4)))
+        held.clear()
+        gc.collect()
+        return sum(reference() is not None for reference in seen)
+
+    assert simulate_ranks(ranks, 2).results == [0, 0]

@@ -238,6 +238,22 @@ def test_a_part_of_a_buffer_may_go_while_its_neighbour_changes() -> None:
     assert simulate_ranks(ranks, 2).results == [[0.0, 0.0, 1.0, 1.0]] * 2
 
 
+def test_a_view_of_a_whole_buffer_may_go_while_an_empty_one_is_filled() -> None:
+    """Both share one count of changes, and nothing changes."""
+
+    def ranks() -> float:
+        rank, buffer = dist.get_rank(), torch.full((1,), 3.0)
+        whole, empty = buffer[:1], buffer[1:]
+        sending = dist.isend((whole, empty)[rank], 1 - rank)
+        receiving = dist.irecv((empty, whole)[rank], 1 - rank)
+        for work in (receiving, sending):
+            assert work is not None
+            work.wait()
+        return buffer.item()
+
+    assert simulate_ranks(ranks, 2).results == [3.0, 3.0]
+
+
 def test_the_first_failing_rank_and_its_own_exception() -> None:
     def ranks() -> None:
         if dist.get_rank() == 2:

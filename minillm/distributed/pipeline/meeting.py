@@ -44,7 +44,9 @@ def own_pieces(pieces: Pieces, schedule: Schedule, stage: int, shared: Shared) -
     return {piece: modules[piece] for piece in wanted}, [*found, *shared]
 
 
-def check_settings(schedule: Schedule, shared: Shared, optimizer: torch.optim.Optimizer | None) -> None:
+def check_settings(
+    schedule: Schedule, held: Mapping[int, nn.Module], shared: Shared, optimizer: torch.optim.Optimizer | None
+) -> None:
     """Raise ValueError where a schedule cannot be run in this way."""
     if schedule.synchronous:
         if optimizer is not None:
@@ -62,6 +64,14 @@ def check_settings(schedule: Schedule, shared: Shared, optimizer: torch.optim.Op
             f"{schedule.name} updates each stage by itself, and {names} must stay equal: untie them, or take a "
             "synchronous schedule such as one_f_one_b"
         )
+    known = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    for piece, module in held.items():
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad and parameter not in known:
+                raise ValueError(
+                    f"optimizer does not have {name} of piece {piece}, which would never be updated: make it over the "
+                    "parameters of this rank's pieces, or freeze what is not to learn"
+                )
 
 
 def stage_of(schedule: Schedule, group: dist.ProcessGroup | None) -> int:

@@ -48,7 +48,8 @@ class Pipeline:
             number -> module, those of this rank alone. A piece takes a tensor, or several, and gives a tensor or a
             tuple of them.
         schedule: what each stage does; rank i of `group` is stage i.
-        loss_fn: (output of the last piece, targets of a micro-batch) -> scalar.
+        loss_fn: (output of the last piece, targets of a micro-batch) -> scalar. Parameters of its own would get
+            gradients on the last rank alone, and are in no norm and no sum: what learns belongs into a piece.
         group: the ranks of this pipeline; None is the default group.
         data_group: the ranks that hold this stage in pipelines beside this one, each with its own part of the batch.
         reduction: "mean": `loss_fn` is a mean over the rows of its micro-batch, so micro-batches count by their rows,
@@ -56,7 +57,7 @@ class Pipeline:
             `data_group`; where not all targets count, `loss_fn` divides by their number in the whole batch.
         recompute: keep only what each forward pass was given, and run it again before its backward pass. For each stage
             to say: the first ones have the most in flight.
-        optimizer: of an asynchronous schedule: over `parameters()` of this rank; the schedule's updates are its steps.
+        optimizer: of an asynchronous schedule, over `parameters()` of this rank; the schedule's updates are its steps.
         shared: parameters that stand in several pieces, each as its (piece, name) in all of them. Told by themselves
             where `pieces` is the whole model.
         durations: on simulated ranks, how long each pass takes on the virtual clock.
@@ -96,7 +97,7 @@ class Pipeline:
         problem: ValueError | TypeError | None = None
         try:
             held, shared = own_pieces(pieces, schedule, self.stage, shared)
-            check_settings(schedule, shared, optimizer)
+            check_settings(schedule, held, shared, optimizer)
             self._copies = Copies(schedule, held, shared, self.stage, group)
         except (ValueError, TypeError) as error:
             problem = error
@@ -154,6 +155,9 @@ class Pipeline:
     def step(self, inputs: Any = None, targets: Any = None) -> Tensor:
         """Forward and backward passes of a batch; gradients are added to ``.grad``, to the sums of steps before.
 
+        Where a schedule splits backward passes, hooks on the weights of linear layers are not called: their gradients
+        are made outside of autograd (`minillm.distributed.pipeline.deferred`).
+
         An asynchronous schedule makes its updates too: for it the micro-batches are a stream of batches, and gradients
         that were there before count in its first update.
 
@@ -169,6 +173,7 @@ class Pipeline:
         Raises:
             ValueError, TypeError: a batch that cannot be cut, or is missing where it is needed; a loss that is no
                 scalar; a piece that gives something else than tensors.
+            RuntimeError: an earlier step broke off on this rank, beside others that went on.
         """
         if self.schedule.synchronous and not self._waiting:
             self._count_once()

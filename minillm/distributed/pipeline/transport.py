@@ -71,6 +71,11 @@ class Transport:
 
     def send_activation(self, action: Action, tensors: Tensors, stage: int) -> None:
         """Send what a forward pass gave; `arrived` with the same action lets go of it."""
+        for tensor in tensors:
+            if tensor.dtype not in _DTYPES:
+                raise TypeError(
+                    f"{action} cannot send {tensor.dtype}: a piece gives one of {', '.join(map(str, _DTYPES))}"
+                )
         layout = tuple((tensor.dtype, tuple(tensor.shape)) for tensor in tensors)
         if layout != self._layouts.setdefault(action, layout):
             raise ValueError(

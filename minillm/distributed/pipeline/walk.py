@@ -48,6 +48,7 @@ class Walk:
         self._schedule, self._stage, self._chunks, self._transport = schedule, stage, chunks, transport
         self._loss_fn, self._mean, self._durations, self._update = loss_fn, mean, durations, update
         self._groups = update_groups(schedule)
+        self._broken_off = False
         self.n_updates = len(self._groups)
 
     def run(self, inputs: Any, targets: Any, device: torch.device, *, training: bool) -> None:
@@ -63,6 +64,12 @@ class Walk:
         self._inputs = cut(inputs, "inputs", n) if first else []
         self._targets = cut(targets, "targets", n) if last else []
         self._weights = weights(self._targets, self._groups, self._mean) if last else []
+        if self._broken_off:
+            raise RuntimeError(
+                "an earlier step broke off on this rank, and what the stages sent each other then may still be on its "
+                "way: make the process group and the Pipeline anew"
+            )
+        self._broken_off = schedule.n_stages > 1
         self.losses = torch.zeros(n, dtype=torch.float64, device=device)
         self._made: dict[Action, Tensors] = {}  # what a pass gave and no message or pass has taken yet
         for chunk in self._chunks:
@@ -76,8 +83,15 @@ class Walk:
             except Exception as error:
                 piece = schedule.piece(self._stage, action.chunk)
                 error.add_note(f"in {action} of stage {self._stage}, piece {piece} of the model")
+                if "leaf Variable" in str(error):
+                    error.add_note(
+                        "what comes into a piece is needed for its backward pass, so it cannot begin with an operation "
+                        "in place, such as nn.ReLU(inplace=True): cut elsewhere, or take inplace=False"
+                    )
                 raise
         self._transport.finish()
+        self._inputs, self._targets = [], []  # the batch is the caller's
+        self._broken_off = False
 
     def _do(self, action: Action, training: bool) -> None:
         match action.kind:

@@ -50,7 +50,8 @@ def mark(tensor: Tensor) -> Mark:
     """
     if tensor.is_inference():
         return Mark(tensor, 0, None)
-    is_part = tensor.untyped_storage().nbytes() > tensor.nbytes
+    # A view of all there is has neighbours, too: empty ones.
+    is_part = tensor._base is not None or tensor.untyped_storage().nbytes() > tensor.nbytes
     return Mark(tensor, tensor._version, _bytes(tensor).clone() if is_part else None)
 
 
