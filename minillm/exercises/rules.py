@@ -20,6 +20,8 @@ _ALWAYS = {
     "IPython": "an answer is plain Python",
     "get_ipython": "an answer is plain Python",
     "importlib": "write the import as an import",
+    "pkgutil": "write the import as an import",
+    "runpy": "write the import as an import",
     "__import__": "write the import as an import",
     "builtins": "an answer is plain Python",
     "eval": "write the code itself",

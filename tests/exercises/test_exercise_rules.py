@@ -38,6 +38,8 @@ SETUP = Surroundings(aliases("import torch\nimport torch.nn.functional as F\nfro
         ("import collections\ncollections.Counter(x)", 2, "collections.Counter"),
         ("__import__('tokenizers')", 1, "__import__"),
         ("import importlib", 1, "importlib"),
+        ("import pkgutil\npkgutil.resolve_name('tokenizers')", 1, "pkgutil"),
+        ("from runpy import run_module", 1, "runpy"),
         ("exec('import tokenizers')", 1, "exec"),
         ("eval('1')", 1, "eval"),
         ("from minillm.exercises import check_that", 1, "minillm.exercises.check_that"),
