@@ -284,6 +284,13 @@ def test_bytes_of_activations_at_the_peak(case: tuple[str, int, int, int]) -> No
         assert graphs * (KEPT - 1) <= found <= graphs * most + PASSING + on_the_way, stage
 
 
+@pytest.mark.parametrize("recompute", [False, True], ids=["graphs", "recompute"])
+def test_what_1f1b_holds_does_not_grow_with_its_micro_batches(recompute: bool) -> None:
+    few, many = (peak_activations(make_schedule("1f1b", 3, m), recompute) for m in (8, 24))
+    # Not by one activation: what was sent goes when its gradient has come. Each micro-batch has its loss, a number.
+    assert many == pytest.approx(few, abs=0.2)
+
+
 @each(HEAVY)
 def test_with_recompute_only_inputs_are_kept(case: tuple[str, int, int, int]) -> None:
     schedule = make_schedule(*case)
