@@ -77,8 +77,11 @@ def pipeline_timeline(
 class Play:
     """A schedule that a notebook plays; made by `play`."""
 
-    def __init__(self, svg: str) -> None:
-        self._svg = svg
+    def __init__(self, svg: str, says: str) -> None:
+        self._svg, self._says = svg, says
+
+    def __repr__(self) -> str:  # what is left of it in a terminal
+        return self._says
 
     def _repr_html_(self) -> str:
         return self._svg
@@ -135,7 +138,9 @@ def play(spans: Iterable[Any], *, seconds: float = 12.0, title: str = "") -> Pla
             parts.append(
                 f'<text x="{x + wide / 2:.2f}" y="{y + 17}" text-anchor="middle" fill="{ink}">{number}{show}</text>'
             )
-    return Play("".join([*parts, "</svg>"]))
+    n_passes = sum(kind != "U" for _, kind, *_ in boxes)
+    says = f"<{title or 'a pipeline schedule'}: {n_passes} passes on {rows} stages>"
+    return Play("".join([*parts, "</svg>"]), says)
 
 
 def _boxes(spans: Iterable[Any]) -> list[Box]:

@@ -142,6 +142,7 @@ def test_plays_each_pass_from_its_start_to_its_end() -> None:
     source = play(STEP)._repr_html_()
     assert "http" not in source.replace('xmlns="http://www.w3.org/2000/svg"', "")
     assert source == play(list(STEP))._repr_html_()  # nothing drawn by chance: the notebook's output stays
+    assert repr(play(STEP, title="a step")) == "<a step: 5 passes on 2 stages>"
 
 
 @pytest.mark.parametrize("draw", [pipeline_timeline, play])
