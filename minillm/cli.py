@@ -112,6 +112,10 @@ def train(
         asked = " ".join(f"--{axis} {getattr(plan, axis)}" for axis in ("pp", "dp") if getattr(plan, axis) > 1)
         start = f"torchrun --standalone --nproc-per-node {n_ranks} -m minillm train {asked} ..."
         raise click.UsageError(f"{asked} needs {n_ranks} ranks, which torchrun starts: {start}")
+    started = os.environ.get("WORLD_SIZE", "1")
+    if n_ranks == 1 and "RANK" in os.environ and started != "1":  # each would train by itself, into the same folder
+        cure = f"give --dp {started} or --pp {started}"
+        raise click.UsageError(f"torchrun started {started} ranks to share the work: {cure}")
     backend = "nccl" if place.type == "cuda" else "gloo"
     with nullcontext() if n_ranks == 1 else initialize(backend=backend) as here:
         first = here is None or here.rank == 0

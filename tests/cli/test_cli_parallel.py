@@ -113,3 +113,14 @@ def test_what_cannot_be_is_said_in_a_sentence(
     assert result.exit_code == 2
     assert words in " ".join(result.output.split())
     assert not Path("run").exists()
+
+
+def test_ranks_without_a_plan_are_told_how_to_share_the_work(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not that another process is training into the folder: that would be the rank beside it."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    result = cli("train", "--out", "run")
+
+    assert result.exit_code == 2
+    assert "torchrun started 4 ranks to share the work: give --dp 4 or --pp 4" in " ".join(result.output.split())
+    assert not Path("run").exists()
