@@ -242,7 +242,7 @@ class Trainer:
             if (
                 self.folder is not None and self._checkpoints.step != self.step
             ):  # Ctrl-C came when this step was seen to
-                if self.history[-1]["step"] != self.step:
+                if not self.history or self.history[-1]["step"] != self.step:  # lines of before are the first rank's
                     report.append(self._measure())
                 self._checkpoints.save(self.step)
 

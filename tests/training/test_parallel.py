@@ -233,6 +233,28 @@ def test_ctrl_c_on_one_rank_stops_all_after_the_same_step(tmp_path: Path) -> Non
     assert load_checkpoint(tmp_path / "checkpoints").step == 2
 
 
+def test_ctrl_c_before_the_first_line_of_a_run_that_goes_on(tmp_path: Path) -> None:
+    """Between the two looks that follow a step of which nothing is written; one rank alone has earlier lines."""
+
+    class Stopped(Trainer):
+        looks = 0
+
+        def _stopping(self, interrupt: Any) -> bool:
+            self.looks += 1
+            return self.looks == 3
+
+    def ranks(kind: type[Trainer], steps: int) -> tuple[int, bool]:
+        config = make_config(max_steps=steps, log_every=100, eval_every=None, checkpoint_every=None)
+        plan = ParallelPlan(2)
+        result = kind(make_model(), Rows(), None, config, folder=tmp_path, progress=False, parallel=plan).train()
+        return result.step, result.interrupted
+
+    simulate_ranks(ranks, 2, Trainer, 1)
+
+    assert simulate_ranks(ranks, 2, Stopped, 4).results == [(2, True)] * 2
+    assert load_checkpoint(tmp_path / "checkpoints").step == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [
