@@ -99,8 +99,8 @@ def train(
         changes = dict(presets.parse_assignment(assignment) for assignment in assignments)
         changes |= {name: value for name, value in flags.items() if value is not None}
         settings = presets.override(presets.load_preset(preset), changes)
-        place = resolve_device(TrainingConfig.from_dict(settings["training"]).device)
         plan = ParallelPlan(**plan_options)
+        place = resolve_device(TrainingConfig.from_dict(settings["training"]).device, plan.n_ranks)
     except (ValueError, TypeError, OSError) as error:
         raise click.UsageError(str(error)) from error
     folder = out or Path("runs", Path(preset).stem)
@@ -108,6 +108,8 @@ def train(
     sections: Any = settings  # the checker takes **settings for any of train_run's arguments
     check_run(plan, corpus, **sections)
     n_ranks = plan.n_ranks
+    if n_ranks > 1 and place.index is not None:
+        raise click.UsageError(f"device {place} is one GPU, and each of {n_ranks} ranks takes its own: --device cuda")
     if n_ranks > 1 and "RANK" not in os.environ:
         asked = " ".join(f"--{axis} {getattr(plan, axis)}" for axis in ("pp", "dp") if getattr(plan, axis) > 1)
         start = f"torchrun --standalone --nproc-per-node {n_ranks} -m minillm train {asked} ..."

@@ -202,6 +202,12 @@ class ParallelPlan:
             return False
         return True
 
+    def check_compile(self, compile: bool) -> None:
+        """Raise ValueError where a model is to be compiled and there are several ranks."""
+        if compile and self.n_ranks > 1:
+            axis = "dp" if self.pp == 1 else "pp"
+            raise ValueError(f"compile=True trains in one process, and {axis} is {getattr(self, axis)}")
+
     def check_ranks(self) -> None:
         """Raise RuntimeError unless there is a process group of as many ranks as the plan has."""
         n_ranks = dist.get_world_size() if dist.is_initialized() else 1

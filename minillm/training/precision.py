@@ -17,16 +17,19 @@ from collections.abc import Mapping
 import torch
 
 
-def resolve_device(name: str) -> torch.device:
+def resolve_device(name: str, n_ranks: int = 1) -> torch.device:
     """The device that a name stands for; "auto" is CUDA if there is one, else MPS, else the CPU.
 
+    Several ranks cannot exchange tensors that are on MPS: for them "auto" is CUDA or the CPU.
+
     Raises:
-        ValueError: not a device's name, or a device that this machine (or this build of PyTorch) does not have.
+        ValueError: not a device's name, a device that this machine (or this build of PyTorch) does not have, or MPS for
+            several ranks.
     """
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        return torch.device("mps" if n_ranks == 1 and torch.backends.mps.is_available() else "cpu")
     if not re.fullmatch(r"cpu|mps|cuda(:\d{1,3})?", name):  # and no other of PyTorch's: they are not tried
         raise ValueError(f"device must be 'auto', 'cpu', 'cuda', 'cuda:<n>' or 'mps', got {name!r}")
     device = torch.device(name)
@@ -35,6 +38,11 @@ def resolve_device(name: str) -> torch.device:
         raise ValueError(f"device {name!r} is not there: PyTorch {torch.__version__} sees {count} CUDA devices")
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ValueError(f"device {name!r} is not there: PyTorch {torch.__version__} sees no MPS device")
+    if device.type == "mps" and n_ranks > 1:
+        raise ValueError(
+            f"device 'mps' is for one process, and {n_ranks} ranks exchange tensors by gloo or NCCL, which do not take "
+            "those of MPS: take device='cpu'"
+        )
     return device
 
 

@@ -126,9 +126,11 @@ def check_run(
     """All settings of a run, arguments as those of `train_run`, which prepares nothing before this has seen them.
 
     Raises:
-        ValueError: a setting that does not exist or is out of range; a model or batches that the plan cannot divide.
+        ValueError: a setting that does not exist or is out of range; a model or batches that the plan cannot divide;
+            compiling on several ranks.
     """
     settings = complete_settings(corpus, tokenizer, data, model, training)
+    plan.check_compile(TrainingConfig.from_dict(settings["training"]).compile)
     if plan.pp > 1:
         plan.check_rows(settings["data"]["batch_size"])
         vocab_size = settings["tokenizer"]["vocab_size"]

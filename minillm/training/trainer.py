@@ -86,7 +86,9 @@ class Trainer:
         on_evaluate: Callable[[Trainer, dict[str, Any]], None] | None = None,
     ) -> None:
         self.config = config or TrainingConfig()
-        self.device = resolve_device(self.config.device)
+        plan = parallel or ParallelPlan()
+        plan.check_compile(self.config.compile)
+        self.device = resolve_device(self.config.device, plan.n_ranks)
         self.precision = resolve_precision(self.config.precision, self.device)
         self.folder = None if folder is None else Path(folder)
         saved = [] if self.folder is None else checkpoint_steps(self.folder / "checkpoints")
@@ -94,10 +96,6 @@ class Trainer:
             raise FileExistsError(f"{self.folder} holds checkpoints up to step {saved[-1]}: resume them")
         self.model = model
         self.train_data, self.validation_data = train_data, validation_data
-        plan = parallel or ParallelPlan()
-        if self.config.compile and plan.n_ranks > 1:
-            axis = "dp" if plan.pp == 1 else "pp"
-            raise ValueError(f"compile=True trains in one process, and {axis} is {getattr(plan, axis)}")
         context = partial(autocast, self.precision, self.device)
         self._engine = make_engine(plan, model, self._make_optimizer, self.device, context)
         self.optimizer = self._engine.optimizer

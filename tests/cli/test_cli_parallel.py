@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import Result
 
 Cli = Callable[..., Result]
@@ -124,3 +125,15 @@ def test_ranks_without_a_plan_are_told_how_to_share_the_work(cli: Cli, monkeypat
     assert result.exit_code == 2
     assert "torchrun started 4 ranks to share the work: give --dp 4 or --pp 4" in " ".join(result.output.split())
     assert not Path("run").exists()
+
+
+def test_one_gpu_is_not_for_several_ranks(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    result = cli("train", "--out", "run", "--dp", "2", "--device", "cuda:1")
+
+    assert result.exit_code == 2
+    assert "device cuda:1 is one GPU, and each of 2 ranks takes its own: --device cuda" in " ".join(
+        result.output.split()
+    )

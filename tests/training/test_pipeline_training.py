@@ -20,7 +20,7 @@ from minillm.training import NonFiniteError, Trainer, TrainingConfig, load_check
 from minillm.training.loss import IGNORED
 from minillm.training.parallel import ParallelPlan
 from minillm.training.plan import TORCH_SCHEDULES
-from minillm.training.run import train_run
+from minillm.training.run import check_run, train_run
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.*is deprecated:DeprecationWarning")
 
@@ -421,4 +421,6 @@ def test_a_run_is_refused_before_anything_is_prepared(tmp_path: Path) -> None:
         train_run(tmp_path / "run", parallel=ParallelPlan(pp=2, micro_batches=4), data={"batch_size": 6})
     with pytest.raises(ValueError, match="the nearest pp that will do is 5"):
         train_run(tmp_path / "run", parallel=ParallelPlan(pp=8), model={"n_layers": 3, "d_model": 16, "n_heads": 2})
+    with pytest.raises(ValueError, match="compile=True trains in one process, and dp is 2"):
+        check_run(ParallelPlan(dp=2), training={"compile": True})
     assert not (tmp_path / "run").exists()

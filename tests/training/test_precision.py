@@ -28,6 +28,16 @@ def test_a_missing_mps_device() -> None:
         resolve_device("mps")
 
 
+def test_ranks_do_not_meet_on_mps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Mac's: neither gloo nor NCCL takes its tensors."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert resolve_device("auto", n_ranks=1).type == resolve_device("mps").type == "mps"
+    assert resolve_device("auto", n_ranks=2) == CPU
+    with pytest.raises(ValueError, match=r"device 'mps' is for one process, .* 2 ranks .*: take device='cpu'"):
+        resolve_device("mps", n_ranks=2)
+
+
 @pytest.mark.parametrize(("capabilities", "expected"), [({"amx_bf16": True}, "bf16"), ({"avx512_bf16": True}, "fp32")])
 def test_auto_on_a_cpu(monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, bool], expected: str) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
