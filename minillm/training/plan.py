@@ -114,11 +114,11 @@ class ParallelPlan:
                 f"micro_batches={self.n_micro_batches}; the nearest that will do is {self.pp}"
             )
         rounds = max(1, self.n_micro_batches // self.pp)
-        if self.schedule == "zb-h1" and self.n_micro_batches % rounds:
+        if self.schedule in ("interleaved", "zb-h1") and self.n_micro_batches % rounds:
             nearest = round(self.n_micro_batches / self.pp) * self.pp
             raise ValueError(
-                f"PyTorch's zero-bubble schedule takes {rounds} rounds of equally many micro-batches for pp={self.pp}, "
-                f"got micro_batches={self.n_micro_batches}; the nearest that will do is {nearest}"
+                f"PyTorch's {self.schedule} takes {rounds} rounds of equally many micro-batches for pp={self.pp}, got "
+                f"micro_batches={self.n_micro_batches}; the nearest that will do is {nearest}"
             )
 
     @property

@@ -356,6 +356,11 @@ def test_a_checkpoint_of_another_model_is_refused_on_every_rank(tmp_path: Path) 
             "got micro_batches=5; the nearest that will do is 4",
         ),
         (
+            {"pp": 2, "schedule": "interleaved", "micro_batches": 9, "engine": "torch"},  # one chunk, as by default
+            ValueError,
+            "PyTorch's interleaved takes 4 rounds .* got micro_batches=9; the nearest that will do is 8",
+        ),
+        (
             {"pp": 4, "micro_batches": 3, "engine": "torch"},
             ValueError,
             "got micro_batches=3; the nearest that will do is 4",
