@@ -13,6 +13,7 @@ from matplotlib.colors import to_hex, to_rgb
 from matplotlib.patches import Patch
 
 from minillm.plots.style import COLOURS, Picture, picture, style
+from minillm.plots.timeline import as_box
 
 _WIDTH = 9.5  # inches: what a notebook page shows without shrinking the labels
 _NAME = re.compile(r"([A-Z]+)(\d+)(?:\.(\d+))?(?:@(\d+))?")
@@ -146,8 +147,7 @@ def play(spans: Iterable[Any], *, seconds: float = 12.0, title: str = "") -> Pla
 def _boxes(spans: Iterable[Any]) -> list[Box]:
     boxes: list[Box] = []
     for span in spans:
-        plain = tuple(span) if isinstance(span, tuple | list) else None
-        stage, lane, name, start, end = plain or (span.rank, span.lane, span.name, span.start, span.end)
+        stage, lane, name, start, end = as_box(span)
         if lane != "compute":
             continue
         found = _NAME.fullmatch(name)

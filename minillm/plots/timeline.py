@@ -1,4 +1,4 @@
-"""Timelines: what each rank did and when, as boxes on lanes. Also a pipeline's schedule, as its paper draws it."""
+"""Timelines: what each rank did and when, as boxes on lanes."""
 
 import math
 from collections import defaultdict
@@ -25,6 +25,7 @@ _WAIT = "#DDDDDD"
 _UNITS = ((1.0, "s"), (1e3, "ms"), (1e6, "µs"))
 
 Box = tuple[int, str, str, float, float]
+"""(rank, lane, name, start, end)."""
 
 
 def timeline(
@@ -83,11 +84,16 @@ def timeline(
     return figure
 
 
+def as_box(span: Any) -> Box:
+    """A span that is given as (rank, lane, name, start, end), or as an object with these attributes."""
+    plain = tuple(span) if isinstance(span, tuple | list) else None
+    return plain or (span.rank, span.lane, span.name, span.start, span.end)
+
+
 def _boxes(spans: Iterable[Any], ranks: Collection[int] | None, lanes: Sequence[str] | None) -> list[Box]:
     boxes = []
     for span in spans:
-        box = tuple(span) if isinstance(span, tuple | list) else None
-        rank, lane, name, start, end = box or (span.rank, span.lane, span.name, span.start, span.end)
+        rank, lane, name, start, end = as_box(span)
         if not (math.isfinite(start) and math.isfinite(end) and start <= end):
             raise ValueError(f"spans holds {name!r} of rank {rank} from {start} to {end}: not a length of time")
         if (ranks is None or rank in ranks) and (lanes is None or lane in lanes):

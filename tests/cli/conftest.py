@@ -33,6 +33,20 @@ def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cli:
 
 
 @pytest.fixture
+def refused(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """What `minillm train` says where a value cannot be, which ends it before anything is made."""
+    monkeypatch.delenv("RANK", raising=False)
+
+    def said(*given: str) -> str:
+        result = cli("train", "--out", "run", *given)
+        assert result.exit_code == 2
+        assert not Path("run").exists()
+        return " ".join(result.output.split())
+
+    return said
+
+
+@pytest.fixture
 def small() -> tuple[str, ...]:
     """Options that make a training run take a moment."""
     return SMALL

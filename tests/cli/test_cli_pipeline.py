@@ -10,6 +10,7 @@ import pytest
 from click.testing import Result
 
 Cli = Callable[..., Result]
+Refused = Callable[..., str]
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
@@ -63,12 +64,5 @@ def test_torchrun_gives_the_curve_of_one_process_which_goes_on(
         (("--micro-batches", "4"), "micro_batches=4 is for pipelines: pp is 1"),
     ],
 )
-def test_what_cannot_be_is_said_in_a_sentence(
-    cli: Cli, monkeypatch: pytest.MonkeyPatch, given: tuple[str, ...], words: str
-) -> None:
-    monkeypatch.delenv("RANK", raising=False)
-    result = cli("train", "--out", "run", *given)
-
-    assert result.exit_code == 2
-    assert words in " ".join(result.output.split())
-    assert not Path("run").exists()
+def test_what_cannot_be_is_said_in_a_sentence(refused: Refused, given: tuple[str, ...], words: str) -> None:
+    assert words in refused(*given)

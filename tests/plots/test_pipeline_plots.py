@@ -1,7 +1,8 @@
 """A pipeline's picture: a box for each pass, at its time, in its stage's row, coloured by kind and chunk."""
 
 import math
-from typing import Any, NamedTuple
+from dataclasses import astuple
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -9,30 +10,17 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.patches import Rectangle
 
+from minillm.distributed import Span
 from minillm.plots import COLOURS, pipeline_timeline, play
 
-
-class _Span(NamedTuple):
-    rank: int
-    lane: str
-    name: str
-    start: float
-    end: float
-
-
-class _Plain:
-    def __init__(self, *values: Any) -> None:
-        self.rank, self.lane, self.name, self.start, self.end = values
-
-
 STEP = [
-    _Span(0, "compute", "F0", 0.0, 1.0),
-    _Span(1, "compute", "F0", 1.0, 2.0),
-    _Span(0, "communication", "RF0", 1.0, 1.5),
-    _Span(1, "compute", "I0@2", 2.0, 3.0),
-    _Span(1, "compute", "W0@2", 3.0, 4.0),
-    _Span(0, "compute", "B0", 3.0, 5.0),
-    _Span(0, "compute", "U0@3", 5.0, 5.5),
+    Span(0, "compute", "F0", 0.0, 1.0),
+    Span(1, "compute", "F0", 1.0, 2.0),
+    Span(0, "communication", "RF0", 1.0, 1.5),
+    Span(1, "compute", "I0@2", 2.0, 3.0),
+    Span(1, "compute", "W0@2", 3.0, 4.0),
+    Span(0, "compute", "B0", 3.0, 5.0),
+    Span(0, "compute", "U0@3", 5.0, 5.5),
 ]
 
 
@@ -74,8 +62,8 @@ def test_draws_each_pass_where_it_was() -> None:
 
 
 def test_takes_tuples_and_objects_and_any_order() -> None:
-    first = pipeline_timeline([tuple(span) for span in STEP])
-    second = pipeline_timeline(_Plain(*span) for span in reversed(STEP))
+    first = pipeline_timeline([astuple(span) for span in STEP])
+    second = pipeline_timeline(reversed(STEP))
     assert _boxes(first.axes[0]) == _boxes(second.axes[0])
 
 

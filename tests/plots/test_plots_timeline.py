@@ -1,35 +1,23 @@
 """A box for each span, at its time, in its rank's row, in its lane's colour."""
 
 import math
-from typing import Any, NamedTuple
+from dataclasses import astuple
+from typing import Any
 
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.patches import Rectangle
 
+from minillm.distributed import Span
 from minillm.plots import COLOURS, timeline
 
-
-class _Span(NamedTuple):
-    rank: int
-    lane: str
-    name: str
-    start: float
-    end: float
-
-
-class _Plain:
-    def __init__(self, *values: Any) -> None:
-        self.rank, self.lane, self.name, self.start, self.end = values
-
-
 STEP = [
-    _Span(0, "compute", "forward", 0.0, 2e-3),
-    _Span(0, "compute", "backward", 2e-3, 6e-3),
-    _Span(0, "communication", "bucket 1", 4e-3, 7e-3),
-    _Span(0, "wait", "all_reduce", 6e-3, 7e-3),
-    _Span(1, "compute", "forward", 0.0, 3e-3),
+    Span(0, "compute", "forward", 0.0, 2e-3),
+    Span(0, "compute", "backward", 2e-3, 6e-3),
+    Span(0, "communication", "bucket 1", 4e-3, 7e-3),
+    Span(0, "wait", "all_reduce", 6e-3, 7e-3),
+    Span(1, "compute", "forward", 0.0, 3e-3),
 ]
 
 
@@ -74,8 +62,8 @@ def test_draws_each_span_where_it_was() -> None:
 
 
 def test_takes_tuples_and_objects_and_any_order() -> None:
-    first = timeline([tuple(span) for span in STEP])
-    second = timeline(_Plain(*span) for span in reversed(STEP))
+    first = timeline([astuple(span) for span in STEP])
+    second = timeline(reversed(STEP))
     assert sorted(_boxes(first.axes[0])) == sorted(_boxes(second.axes[0]))
 
 
