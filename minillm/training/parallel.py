@@ -12,9 +12,9 @@ from torch import nn
 
 from minillm.training.engines import Context, DataParallelEngine, Engine, MakeOptimizer, ZeroEngine
 from minillm.training.pipeline_engine import PipelineEngine
-from minillm.training.plan import ENGINES, ParallelPlan
+from minillm.training.plan import ParallelPlan
 
-__all__ = ["ENGINES", "ParallelPlan", "make_engine"]
+__all__ = ["ParallelPlan", "make_engine"]
 
 
 def make_engine(
